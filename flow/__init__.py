@@ -1,0 +1,1 @@
+"""What runs: pipeline, plan, Dask graph, execution, report, command line."""

@@ -1,0 +1,39 @@
+"""The one family of exceptions. Every message names file, tensor, the numbers that disagree and the way out."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class QuantloomError(Exception):
+    """Base of every error that quantloom raises on purpose."""
+
+
+class UsageError(QuantloomError):
+    """An option, name, pattern or recipe that cannot mean anything (exit status 2)."""
+
+
+class CheckpointError(QuantloomError):
+    """An input checkpoint that is broken, unreadable or not a checkpoint."""
+
+
+class PlanError(QuantloomError):
+    """A conversion refused before any work: budget, disk space, existing output, nothing to do."""
+
+
+class NonFiniteError(QuantloomError):
+    """NaN or Inf in a weight that was to be quantized."""
+
+
+class SinkError(QuantloomError):
+    """Output that could not be written; nothing was left under a final name."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """A hint such as ``; did you mean 'mxfp8'?``, or the list of known words when none is near."""
+    names = list(known)
+    near = difflib.get_close_matches(word, names, n=3, cutoff=0.5)
+    if near:
+        return "; did you mean " + " or ".join(repr(name) for name in near) + "?"
+    return "; known: " + ", ".join(names)
