@@ -1,0 +1,160 @@
+"""FP8 and INT8: one-byte codes with a float32 scale per tensor, row or square block."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from .elements import E4M3, E5M2, INT8, Element
+from .format import TINY, Format, Scales, Stats
+from .reduce import absmax, tree_sum
+from .scratch import scratch
+
+_ZERO_AMAX = 1e-12
+"""The amax that a group of zeros is given, so that its scale is a valid number."""
+
+
+def _safe(amax: torch.Tensor) -> torch.Tensor:
+    return torch.where(amax > 0, amax.clamp(min=TINY), _ZERO_AMAX)
+
+
+@dataclass(frozen=True)
+class ScaledFormat(Format):
+    """Codes of one element grid times a float32 scale."""
+
+    element: ClassVar[Element]
+    scale_dtype: ClassVar[str] = "F32"
+
+    def amax(self, x: torch.Tensor) -> torch.Tensor:
+        if self.scaling == "tensor":
+            low, high = torch.aminmax(x)
+            return torch.maximum(-low, high)
+        if self.scaling == "row":
+            return absmax(x, dim=1)
+        return absmax(self._blocks(absmax(self._tiles(x), dim=-1)), dim=-1)
+
+    def _tiles(self, x: torch.Tensor) -> torch.Tensor:
+        """(R, b, C, b) view of (R*b, C*b) rows."""
+        size = self.block_size or 1
+        return x.view(x.shape[0] // size, size, x.shape[1] // size, size)
+
+    @staticmethod
+    def _blocks(partial: torch.Tensor) -> torch.Tensor:
+        """(R, C, b) from the (R, b, C) that a reduction over tile columns leaves."""
+        return partial.transpose(1, 2).contiguous()
+
+    def _spread(self, per_group: torch.Tensor) -> torch.Tensor:
+        """Per-group values in a shape that broadcasts over ``_shaped(x)``."""
+        if self.scaling == "row":
+            return per_group[:, None]
+        return per_group[:, None, :, None] if self.scaling == "block" else per_group
+
+    def _shaped(self, x: torch.Tensor) -> torch.Tensor:
+        return self._tiles(x) if self.scaling == "block" else x
+
+    def encode_(self, x: torch.Tensor, scales: Scales) -> torch.Tensor:
+        shaped = self._shaped(x)
+        if scales.inverse is None:
+            shaped.div_(self._spread(scales.multiplier))
+        else:
+            shaped.mul_(self._spread(scales.inverse))
+        return self.element.encode_(x)
+
+    def multiplier(self, stored: torch.Tensor, whole: torch.Tensor | None) -> torch.Tensor:
+        return stored.float()
+
+    def decode(self, codes: torch.Tensor, multiplier: torch.Tensor) -> torch.Tensor:
+        x = codes.float()
+        if multiplier.dim() < 2:
+            return x.mul_(multiplier[:, None] if multiplier.dim() else multiplier)
+        x.view(x.shape[0], multiplier.shape[1], -1).mul_(multiplier[:, :, None])
+        return x
+
+
+@dataclass(frozen=True)
+class Fp8(ScaledFormat):
+    """FP8 E4M3, scaled so that amax meets 448. The stored scale is the reciprocal of the rounded 448 / amax."""
+
+    element: ClassVar[Element] = E4M3
+    code_dtype: ClassVar[str] = "F8_E4M3"
+
+    @property
+    def searches(self) -> bool:
+        return True
+
+    def whole(self, stats: Stats, search: bool) -> torch.Tensor:
+        inverse = self.element.largest / _safe(stats.amax)
+        return self._phase(stats.sample[None], inverse[None])[0] if search else inverse
+
+    def scales(self, amax: torch.Tensor, whole: torch.Tensor | None) -> Scales:
+        inverse = self.element.largest / _safe(amax) if whole is None else whole
+        stored = 1.0 / inverse
+        return Scales(stored, stored, inverse)
+
+    def search(self, x: torch.Tensor, amax: torch.Tensor, whole: torch.Tensor | None) -> Scales:
+        if whole is not None:
+            return self.scales(amax, whole)
+        inverse = self._phase(self._shaped(x), self.element.largest / _safe(amax))
+        stored = 1.0 / inverse
+        return Scales(stored, stored, inverse)
+
+    def _phase(self, x: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+        """Of the scales amax / 448 * 2**(i / 8), i = 0..7, the inverse of the one with the least squared error.
+
+        Larger scales never clip; a fraction of an octave moves the mantissa grid under the weights, and a whole
+        octave brings it back. ``x`` is (G, n) rows or (R, b, C, b) tiles; ``inverse`` one value per group.
+        """
+        best_error = torch.full_like(inverse, torch.inf)
+        best = inverse
+        buffer, delta = (scratch(key, x.shape, x.dtype, x.device) for key in ("phase", "phase_delta"))
+        for step in range(8):
+            candidate = inverse * 2.0 ** (-step / 8)
+            torch.mul(x, self._spread(candidate) if x.dim() == 4 else candidate[:, None], out=buffer)
+            delta.copy_(self.element.encode_(delta.copy_(buffer))).sub_(buffer).square_()
+            error = tree_sum(delta)
+            if x.dim() == 4:
+                error = tree_sum(self._blocks(error))
+            error /= candidate.square()
+            better = error < best_error
+            best = torch.where(better, candidate, best)
+            best_error = torch.where(better, error, best_error)
+        return best
+
+
+@dataclass(frozen=True)
+class Fp8E5M2(Fp8):
+    """FP8 E5M2, scaled so that amax meets 57344."""
+
+    element: ClassVar[Element] = E5M2
+    code_dtype: ClassVar[str] = "F8_E5M2"
+
+
+_ZERO_BLOCK = 1e-8
+"""The scale that an INT8 block of zeros is given."""
+
+
+@dataclass(frozen=True)
+class Int8(ScaledFormat):
+    """INT8, symmetric, amax at 127; -128 is never written.
+
+    Without activations a scale below amax clips the few large weights that sit on strong channels, so ``mse`` keeps
+    amax. Row scales are stored as 1 / (127 / amax), tensor and block scales as amax / 127.
+    """
+
+    element: ClassVar[Element] = INT8
+    code_dtype: ClassVar[str] = "I8"
+
+    def whole(self, stats: Stats, search: bool) -> torch.Tensor:
+        return _safe(stats.amax) / self.element.largest
+
+    def scales(self, amax: torch.Tensor, whole: torch.Tensor | None) -> Scales:
+        if whole is not None:
+            return Scales(whole, whole, 1.0 / whole)
+        if self.scaling == "row":
+            inverse = self.element.largest / _safe(amax)
+            stored = 1.0 / inverse
+            return Scales(stored, stored, inverse)
+        stored = torch.where(amax > 0, amax.clamp(min=TINY) / self.element.largest, _ZERO_BLOCK)
+        return Scales(stored, stored)
