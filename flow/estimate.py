@@ -1,0 +1,28 @@
+"""How long a plan will take, from measured processor seconds per source gigabyte (benchmarks/README.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..stages.work import LayerPlan
+from .budget import cores
+from .recipe import Run
+
+_CPU_SECONDS_PER_GB = {"copy": 0.9, "fp8": 2.0, "fp8_e5m2": 2.0, "int8": 2.3, "mxfp8": 3.0, "nvfp4": 9.0}
+"""Two virtual cores, warm page cache, reading and writing included, default rounding."""
+
+_CUDA_SECONDS_PER_GB = 0.5
+"""Bound by reading and writing."""
+
+
+def estimate_seconds(layers: Sequence[LayerPlan], run: Run, workers: int | None = None) -> float:
+    """Wall seconds, roughly: right within a factor of two on common machines."""
+    tasks = workers or run.workers or cores()
+    seconds = 0.0
+    for plan in layers:
+        kind = plan.format.partition(" ")[0] if plan.format else "copy"
+        rate = _CPU_SECONDS_PER_GB.get(kind, 3.0)
+        if run.device.startswith("cuda"):
+            rate = _CUDA_SECONDS_PER_GB * tasks
+        seconds += plan.layer.nbytes / 1e9 * rate
+    return seconds / tasks

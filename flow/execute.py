@@ -1,0 +1,158 @@
+"""Runs a plan: the same fused graph on threads, in this thread, or on a Dask cluster."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ..formats.errors import QuantloomError, SinkError
+from ..stages.work import Receipt, cancel, forget
+from .budget import Budget, make_budget
+from .graph import Graph, Key, submission
+from .plan import Plan
+from .report import Report, make_report
+from .sink import abort, check_output, commit, prepare
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+_log = logging.getLogger(__name__)
+
+
+class Progress(Protocol):
+    """Someone who watches a run."""
+
+    def start(self, plan: Plan, budget: Budget) -> None:
+        """Called once, before work."""
+
+    def advance(self, receipts: Sequence[Receipt]) -> None:
+        """Called with the receipts of each finished task."""
+
+    def stop(self) -> None:
+        """Called once, after work or failure."""
+
+
+class Silent:
+    """Nobody watches."""
+
+    def start(self, plan: Plan, budget: Budget) -> None: ...
+
+    def advance(self, receipts: Sequence[Receipt]) -> None: ...
+
+    def stop(self) -> None: ...
+
+
+def run_plan(plan: Plan, client: Client | str | None = None, progress: Progress | None = None) -> Report:
+    """Converts. Raises QuantloomError (or KeyboardInterrupt) with the parts removed and nothing under a final name."""
+    watcher = progress or Silent()
+    began = time.perf_counter()
+    check_output(plan)
+    run_id = f"{plan.digest[:16]}-{time.monotonic_ns()}"
+    scheduler = client if client is not None else plan.recipe.run.scheduler
+    budget = make_budget(plan.layers, plan.recipe.run, run_id)
+    graph, keys = submission(plan.layers, budget.environment)
+    _log.info("%d tasks, %d at a time, chunks of %d bytes", len(graph), budget.workers, budget.environment.chunk_bytes)
+    receipts: list[Receipt] = []
+    try:
+        prepare(plan)
+        watcher.start(plan, budget)
+        with _torch_threads():
+            for done in _schedule(scheduler, graph, keys, budget):
+                receipts += done
+                watcher.advance(done)
+        commit(plan)
+    except BaseException:
+        cancel(run_id)
+        abort(plan)
+        raise
+    finally:
+        watcher.stop()
+        forget(run_id)
+    return make_report(plan, receipts, time.perf_counter() - began)
+
+
+@contextmanager
+def _torch_threads() -> Iterator[None]:
+    """Restores what workers change for the whole process."""
+    import torch
+
+    threads, grad = torch.get_num_threads(), torch.is_grad_enabled()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_grad_enabled(grad)
+
+
+def _schedule(scheduler: Client | str, graph: Graph, keys: list[Key], budget: Budget) -> Iterator[list[Receipt]]:
+    """Results of the keys as they come."""
+    if scheduler == "sync":
+        return _local(graph, keys, budget, workers=0)
+    if scheduler == "threads":
+        return _local(graph, keys, budget, workers=budget.workers)
+    from .cluster import run_distributed
+
+    return run_distributed(scheduler, graph, keys, budget)
+
+
+def _local(graph: Graph, keys: list[Key], budget: Budget, workers: int) -> Iterator[list[Receipt]]:
+    """Dask's own threaded or synchronous scheduler; results are handed over as tasks finish.
+
+    The scheduler runs beside the caller's thread, which therefore stays free for Ctrl-C. Leaving early (an error, an
+    interrupt) asks running tasks to stop at their next chunk and waits for them, so that no one writes afterwards.
+    """
+    import queue
+    import threading
+    from concurrent.futures import ThreadPoolExecutor
+
+    from dask.local import get_sync
+    from dask.threaded import get
+
+    results: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    wanted = set(keys)
+
+    def finished(key: Key, value: Any, _dsk: Any, _state: Any, _worker: Any) -> None:
+        if key in wanted:
+            results.put(value)
+
+    def drive() -> None:
+        callbacks = [(None, None, None, finished, None)]
+        try:
+            if workers:
+                with ThreadPoolExecutor(workers, thread_name_prefix="quantloom") as pool:
+                    try:
+                        get(graph, keys, pool=pool, num_workers=workers, callbacks=callbacks)
+                    except BaseException:
+                        cancel(budget.environment.run_id)
+                        pool.shutdown(cancel_futures=True)
+                        raise
+            else:
+                get_sync(graph, keys, callbacks=callbacks)
+            results.put(None)
+        except BaseException as error:  # raised again in the caller's thread
+            results.put(error)
+
+    thread = threading.Thread(target=drive, name="quantloom-scheduler", daemon=True)
+    thread.start()
+    try:
+        while (item := results.get()) is not None:
+            if isinstance(item, BaseException):
+                raise _known(item)
+            yield item
+    finally:
+        cancel(budget.environment.run_id)
+        thread.join()
+
+
+def _known(error: BaseException) -> BaseException:
+    """The error itself, or the same with a way out when it comes from below."""
+    if isinstance(error, QuantloomError | KeyboardInterrupt):
+        return error
+    if isinstance(error, MemoryError):
+        return SinkError(f"out of memory: {error}; lower --memory or --workers")
+    if isinstance(error, OSError):
+        return SinkError(f"{error.filename or 'file system'}: {error.strerror or error}")
+    return error

@@ -1,0 +1,185 @@
+"""The Dask graph of a plan: one node per (layer, stage), and what is submitted: one fused task per batch of layers.
+
+Plans go in and receipts come out; no tensor is ever a task's argument or result. Large layers run as row ranges: their
+amax nodes meet in a scale node, whose one number all ranges use.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from dask._task_spec import GraphNode, List, Task, TaskRef
+
+from ..stages.scaling import Scale
+from ..stages.work import Environment, LayerPlan, Receipt, Work
+from .runner import prepare_thread
+
+BATCH_BYTES = 64 << 20
+"""Layers are put together into tasks of at least this many source bytes."""
+
+Key = tuple[str, ...]
+Graph = dict[Key, GraphNode]
+
+
+def receipt_keys(plan: LayerPlan) -> list[Key]:
+    """Keys of the nodes that end a layer's chains."""
+    return [("receipt", plan.layer.name, *_part_name(part)) for part in _ranges(plan)]
+
+
+def stage_graph(layers: Sequence[LayerPlan], environment: Environment) -> Graph:
+    """The whole graph, before fusion."""
+    graph: Graph = {}
+    for plan in layers:
+        graph.update(_layer_graph(plan, environment))
+    return graph
+
+
+def _ranges(plan: LayerPlan) -> tuple[tuple[int, int], ...]:
+    return plan.parts or ((0, plan.rows),)
+
+
+def _part_name(part: tuple[int, int]) -> tuple[str, ...]:
+    return () if part[0] == 0 else (f"rows {part[0]}",)
+
+
+def _layer_graph(plan: LayerPlan, environment: Environment) -> Graph:
+    name, graph = plan.layer.name, {}
+    shared = _shared_scale(plan)
+    amaxes = []
+    for part in _ranges(plan):
+        suffix = _part_name(part)
+        above: TaskRef | None = None
+        for index, step in enumerate(plan.steps):
+            key = (step.name, name, *suffix)
+            if index == 0:
+                graph[key] = Task(key, start, plan, part, environment, step)
+            elif shared is not None and isinstance(step, Scale):
+                amax_key = ("amax", name, *suffix)
+                graph[amax_key] = Task(amax_key, part_amax, step, above)
+                amaxes.append(TaskRef(amax_key))
+                graph[key] = Task(key, apply_scale, step, above, TaskRef(shared))
+            else:
+                graph[key] = Task(key, step.run, above)
+            above = TaskRef(key)
+        key = ("receipt", name, *suffix)
+        graph[key] = Task(key, make_receipt, above, part[0] == 0)
+    if shared is not None:
+        graph[shared] = Task(shared, combine_amaxes, plan, environment, List(*amaxes))
+    return graph
+
+
+def _shared_scale(plan: LayerPlan) -> Key | None:
+    """The node that makes the scale of the whole tensor for all its row ranges."""
+    if not plan.parts:
+        return None
+    for step in plan.steps:
+        if isinstance(step, Scale) and step.needs_stats:
+            return ("tensor scale", plan.layer.name)
+    return None
+
+
+def batches(layers: Sequence[LayerPlan]) -> Iterator[list[LayerPlan]]:
+    """Layers, biggest first, in groups of at least BATCH_BYTES; a layer in row ranges is alone."""
+    pending: list[LayerPlan] = []
+    size = 0
+    for plan in sorted(layers, key=lambda layer: (-layer.layer.nbytes, layer.layer.name)):
+        if plan.parts:
+            yield [plan]
+            continue
+        pending.append(plan)
+        size += plan.layer.nbytes
+        if size >= BATCH_BYTES:
+            yield pending
+            pending, size = [], 0
+    if pending:
+        yield pending
+
+
+def submission(layers: Sequence[LayerPlan], environment: Environment) -> tuple[Graph, list[Key]]:
+    """The fused graph and the keys to ask for; each key's result is a list of receipts.
+
+    The chains of a batch, joined by a node that gathers their receipts, are fused into one task, so that what flows
+    along an edge stays inside one worker's thread.
+    """
+    graph: Graph = {}
+    keys: list[Key] = []
+    for number, batch in enumerate(batches(layers)):
+        nodes = stage_graph(batch, environment)
+        if batch[0].parts:
+            keys += _fuse_parts(batch[0], nodes, graph, environment.run_id)
+            continue
+        key = (environment.run_id, "batch", str(number))
+        wanted = [end for plan in batch for end in receipt_keys(plan)]
+        gather = Task(key, gather_receipts, List(*(TaskRef(end) for end in wanted)))
+        graph[key] = Task.fuse(*nodes.values(), gather, key=key)
+        keys.append(key)
+    return graph, keys
+
+
+def _fuse_parts(plan: LayerPlan, nodes: Graph, graph: Graph, run_id: str) -> list[Key]:
+    """One task per row range, and with a shared scale one more for its amax; edges carry single numbers."""
+    keys = []
+    shared = _shared_scale(plan)
+    for part in _ranges(plan):
+        suffix = _part_name(part)
+        chain = [nodes[(step.name, plan.layer.name, *suffix)] for step in plan.steps]
+        if shared is not None:
+            before = next(index for index, step in enumerate(plan.steps) if isinstance(step, Scale))
+            amax_key = ("amax", plan.layer.name, *suffix)
+            graph[amax_key] = Task.fuse(*chain[:before], nodes[amax_key], key=amax_key)
+        end = nodes[("receipt", plan.layer.name, *suffix)]
+        key = (run_id, "batch", plan.layer.name, *suffix)
+        graph[key] = Task.fuse(*chain, end, Task(key, gather_receipts, List(TaskRef(end.key))), key=key)
+        keys.append(key)
+    if shared is not None:
+        graph[shared] = nodes[shared]
+    return keys
+
+
+# What the nodes call. They run in workers.
+
+
+def start(plan: LayerPlan, rows: tuple[int, int], environment: Environment, step: object) -> Work:
+    """A fresh work with the first step's stream."""
+    prepare_thread(environment)
+    work = Work(plan, rows, environment, started=time.perf_counter())
+    return step.run(work)  # type: ignore[attr-defined,no-any-return]
+
+
+def part_amax(step: Scale, work: Work) -> float:
+    """Largest magnitude of a row range."""
+    return step.amax(work, work.rows)
+
+
+def combine_amaxes(plan: LayerPlan, environment: Environment, amaxes: Sequence[float]) -> float:
+    """The scale of the whole tensor."""
+    prepare_thread(environment)
+    work = Work(plan, (0, plan.rows), environment)
+    for step in plan.steps:
+        if isinstance(step, Scale):
+            return step.combine(work, list(amaxes))
+        work = step.run(work)
+    raise AssertionError("a shared scale without a scale step")
+
+
+def apply_scale(step: Scale, work: Work, whole: float) -> Work:
+    """The scale step, given the scale of the whole tensor."""
+    work = replace(work, whole=whole)
+    return step.run(work)
+
+
+def make_receipt(work: Work, first: bool) -> Receipt:
+    """What is reported of a finished chain; bytes known from the plan are counted once, with the first row range."""
+    plan = work.plan
+    share = (work.rows[1] - work.rows[0]) / max(1, plan.rows)
+    return Receipt(
+        plan.layer.name, plan.format, round(plan.layer.nbytes * share), round(plan.nbytes_out * share),
+        time.perf_counter() - work.started, work.squared_error, work.squared_weight, first,
+    )  # fmt: skip
+
+
+def gather_receipts(receipts: Sequence[Receipt]) -> list[Receipt]:
+    """The receipts of one task."""
+    return list(receipts)

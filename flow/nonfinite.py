@@ -1,0 +1,34 @@
+"""``nonfinite="keep"``: which layers hold NaN or Inf must be known before the output is laid out.
+
+This is the one case in which weights are read before the plan is complete: every layer that is to be quantized is
+scanned once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ..stages.quantize import Quantize
+from ..stages.scaling import count_nonfinite
+from ..stages.work import Environment, LayerPlan, Work
+from .budget import CPU_CHUNK_BYTES
+from .plan import Plan, make_plan
+
+
+def settle_nonfinite(plan: Plan) -> Plan:
+    """The plan, or one in which layers with NaN or Inf weights are kept, when the recipe asks for that."""
+    quantize = next(stage for stage in plan.recipe.stages if isinstance(stage, Quantize))
+    if quantize.nonfinite != "keep":
+        return plan
+    reasons = {}
+    for layer in plan.quantized:
+        count, first = _scan(layer)
+        if count:
+            assert first is not None
+            reasons[layer.layer.name] = f"{count} weights are NaN or Inf, the first at {list(first)}"
+    return make_plan(plan.recipe, reasons) if reasons else plan
+
+
+def _scan(layer: LayerPlan) -> tuple[int, tuple[int, int] | None]:
+    work = Work(replace(layer, parts=()), (0, layer.rows), Environment(chunk_bytes=CPU_CHUNK_BYTES))
+    return count_nonfinite(layer.steps[0].run(work))

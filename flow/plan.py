@@ -1,0 +1,172 @@
+"""The plan: every layer's fate, every output byte's place and every refusal, before any weight is read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+from .. import __version__
+from ..formats.comfy import HEADER_KEY, header_entry
+from ..formats.errors import PlanError, UsageError
+from ..formats.fileio import same_file
+from ..formats.layers import Layer, group_layers
+from ..formats.shards import Shard, is_single_file, lay_out, stem_of
+from ..formats.source import Source, open_source
+from ..formats.tensors import Slot
+from ..stages.keeping import keep
+from ..stages.stage import Context, Stage, make_stage
+from ..stages.work import LayerPlan
+from .estimate import estimate_seconds
+from .parts import split_large
+from .recipe import Output, Recipe
+from .sizes import show_seconds, show_size
+
+ENTRY = "quantloom"
+"""Header entry with version, recipe and plan digest."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A complete conversion that has not run."""
+
+    recipe: Recipe
+    source: Source
+    layers: tuple[LayerPlan, ...]
+    shards: tuple[Shard, ...]
+    digest: str
+    """sha256 (hex) over source, recipe and version: equal digests write equal bytes."""
+    notes: tuple[str, ...] = ()
+    """What was found and decided, for people."""
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def output(self) -> Output:
+        assert self.recipe.output is not None
+        return self.recipe.output
+
+    @property
+    def nbytes_in(self) -> int:
+        """Stored bytes of the layers that are read."""
+        return sum(layer.layer.nbytes for layer in self.layers)
+
+    @property
+    def nbytes_out(self) -> int:
+        """Bytes of all output files."""
+        return sum(shard.size for shard in self.shards)
+
+    @cached_property
+    def quantized(self) -> tuple[LayerPlan, ...]:
+        return tuple(layer for layer in self.layers if layer.format)
+
+    @cached_property
+    def formats(self) -> Counter[str]:
+        """Number of layers per format."""
+        return Counter(layer.format for layer in self.quantized)
+
+    @cached_property
+    def kept(self) -> Counter[str]:
+        """Number of kept tensors per reason; tensors that could never be quantized (biases, norms) are not named."""
+        return Counter(layer.reason for layer in self.layers if not layer.format and layer.reason)
+
+    def explain(self, workers: int | None = None) -> str:
+        """What would happen, as text."""
+        lines = [
+            f"source   {', '.join(self.recipe.source)}  ({len(self.source.files)} files, {len(self.layers)} layers, "
+            f"{show_size(self.nbytes_in)})",
+            f"output   {self.output.path}  ({len(self.shards)} files, {show_size(self.nbytes_out)}, dialect {self.output.dialect})",
+        ]
+        for name, count in sorted(self.formats.items()):
+            chosen = [layer for layer in self.quantized if layer.format == name]
+            before, after = (sum(sizes) for sizes in zip(*((p.layer.nbytes, p.nbytes_out) for p in chosen), strict=True))
+            lines.append(f"quantize {count:6d} layers to {name}: {show_size(before)} -> {show_size(after)}")
+        for reason, count in self.kept.most_common():
+            lines.append(f"keep     {count:6d} layers: {reason}")
+        rest = sum(1 for layer in self.layers if not layer.format and not layer.reason)
+        lines.append(f"copy     {rest:6d} other tensors (biases, one-dimensional and non-linear ones)")
+        lines.append(f"estimate {show_seconds(estimate_seconds(self.layers, self.recipe.run, workers))}")
+        lines += [f"note     {note}" for note in self.notes] + [f"warning  {text}" for text in self.warnings]
+        return "\n".join(lines)
+
+
+def make_plan(recipe: Recipe, keep_reasons: Mapping[str, str] | None = None) -> Plan:
+    """Plans a conversion from headers alone. Layers named in ``keep_reasons`` are kept, whatever the stages say.
+
+    Raises UsageError for a recipe that cannot mean anything, CheckpointError for a broken source, PlanError for a
+    conversion that cannot be done.
+    """
+    source, layers, context = plan_layers(recipe)
+    assert recipe.output is not None
+    forced = keep_reasons or {}
+    layers = [keep(plan.layer, forced[plan.layer.name]) if plan.layer.name in forced else plan for plan in layers]
+    _refuse_same_file(source, recipe.output)
+    digest = _digest(recipe, source, forced)
+    metadata = _metadata(recipe, source, layers, digest)
+    groups = [layer.outputs for layer in layers]
+    stem = stem_of(source.files)
+    shards = lay_out(groups, recipe.output.path, recipe.output.shard_bytes, metadata, stem)
+    slots = {slot.name: slot for shard in shards for slot in shard.slots}
+    placed = tuple(split_large(replace(layer, slots=_slots(layer, slots))) for layer in layers)
+    return Plan(recipe, source, placed, tuple(shards), digest, tuple(context.notes), tuple(context.warnings))
+
+
+def plan_layers(recipe: Recipe) -> tuple[Source, list[LayerPlan], Context]:
+    """The layers with their chains and outputs, before they have a place."""
+    if not recipe.source:
+        raise UsageError("nothing to read: name a checkpoint with .read(path)")
+    if recipe.output is None:
+        raise UsageError("nowhere to write: name an output with .write(path)")
+    if not any(stage.verb == "quantize" for stage in recipe.stages):
+        raise UsageError("nothing to do: name a format with .quantize('mxfp8')")
+    where = recipe.source[0] if len(recipe.source) == 1 else list(recipe.source)
+    source = open_source(where)
+    context = Context()
+    layers = [keep(layer, _first_reason(layer)) for layer in group_layers(source)]
+    for stage in _with_target(recipe.stages):
+        layers = stage.plan(layers, context)
+    return source, layers, context
+
+
+def _with_target(stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
+    """Targeting always happens, by its defaults when the recipe does not say how."""
+    return stages if any(stage.verb == "target" for stage in stages) else (make_stage("target", {}), *stages)
+
+
+def _first_reason(layer: Layer) -> str:
+    """Why a layer that no stage touches is copied; nothing to explain for biases and the like."""
+    return layer.problem or ""
+
+
+def _slots(layer: LayerPlan, slots: dict[str, Slot]) -> tuple[Slot, ...]:
+    return tuple(slots[spec.name] for spec in layer.outputs)
+
+
+def _refuse_same_file(source: Source, output: Output) -> None:
+    for path in source.files:
+        if same_file(path, output.path) or same_file(path.parent, output.path):
+            raise PlanError(f"{output.path}: input and output are the same; write somewhere else")
+        if is_single_file(output.path) and path.resolve() == Path(output.path).resolve():
+            raise PlanError(f"{output.path}: input and output are the same file; write somewhere else")
+
+
+def _digest(recipe: Recipe, source: Source, forced: Mapping[str, str]) -> str:
+    """How the work runs (memory, workers, device) does not count: it does not change the bytes."""
+    stages = [{"stage": stage.verb, **stage.to_dict()} for stage in recipe.stages]
+    assert recipe.output is not None
+    parts = [__version__, source.fingerprint, stages, recipe.output.dialect, recipe.output.shard_bytes, sorted(forced)]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _metadata(recipe: Recipe, source: Source, layers: Sequence[LayerPlan], digest: str) -> dict[str, str]:
+    """``__metadata__`` of the output: the original entries, the dialect's, and what made the file."""
+    metadata = {key: value for key, value in source.metadata.items() if key not in (HEADER_KEY, ENTRY)}
+    entries = {layer.layer.name: layer.entry for layer in layers if layer.entry is not None}
+    names = [spec.name for layer in layers for spec in layer.outputs]
+    stages = [{"stage": stage.verb, **stage.to_dict()} for stage in recipe.stages]
+    metadata[HEADER_KEY] = header_entry(entries, names)
+    metadata[ENTRY] = json.dumps({"version": __version__, "recipe": {"stages": stages}, "plan": digest})
+    return metadata

@@ -1,0 +1,155 @@
+"""The recipe: everything that a conversion is, as one frozen value that turns into JSON and back.
+
+The Python pipeline, the command line and cluster scripts all build a Recipe; from there is one path.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ..formats.errors import UsageError, did_you_mean
+from ..stages.stage import VERBS, Stage, make_stage
+
+RECIPE_VERSION = 1
+DIALECTS = ("comfy",)
+SCHEDULERS = ("threads", "sync", "distributed")
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where the result goes, and in which dialect."""
+
+    path: str
+    """A ``.safetensors`` file, or a folder for shards, index and sidecar files."""
+    dialect: str = "comfy"
+    shard_bytes: int | None = None
+    """Largest shard; None: one file, or 5 GB in a folder."""
+    overwrite: bool = False
+    """Replace an existing output, once the new one is complete."""
+
+    def __post_init__(self) -> None:
+        if self.dialect not in DIALECTS:
+            raise UsageError(f"unknown dialect {self.dialect!r}{did_you_mean(self.dialect, DIALECTS)}")
+        if self.shard_bytes is not None and self.shard_bytes < 1:
+            raise UsageError(f"shard size {self.shard_bytes} must be at least one byte")
+
+
+@dataclass(frozen=True)
+class Run:
+    """How the work is done; it never changes the bytes of the result."""
+
+    memory: int | None = None
+    """Bytes that the process may use; None: half of what the machine or container has free."""
+    workers: int | None = None
+    """Tasks at a time; None: as many as cores and memory allow."""
+    device: str = "cpu"
+    """cpu, cuda or cuda:<index>."""
+    scheduler: str = "threads"
+    """threads, sync, distributed (a local cluster), or the address of a Dask scheduler."""
+
+    def __post_init__(self) -> None:
+        if self.scheduler not in SCHEDULERS and "://" not in self.scheduler:
+            hint = did_you_mean(self.scheduler, SCHEDULERS)
+            raise UsageError(f"unknown scheduler {self.scheduler!r}{hint}; or an address such as tcp://host:8786")
+        kind, _, index = self.device.partition(":")
+        if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
+            raise UsageError(f"unknown device {self.device!r}; known: cpu, cuda, cuda:0")
+        if self.workers is not None and self.workers < 1:
+            raise UsageError(f"{self.workers} workers: at least one is needed")
+        if self.memory is not None and self.memory < 1:
+            raise UsageError(f"memory of {self.memory} bytes: it must be positive")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole conversion."""
+
+    source: tuple[str, ...] = ()
+    """A file, folder, index, glob, or several files."""
+    stages: tuple[Stage, ...] = ()
+    """At most one of each verb, in planning order."""
+    output: Output | None = None
+    run: Run = field(default_factory=Run)
+
+    def with_stage(self, stage: Stage) -> Recipe:
+        """This recipe with ``stage`` in its place, instead of one of the same verb."""
+        others = [item for item in self.stages if item.verb != stage.verb]
+        ordered = sorted([*others, stage], key=lambda item: VERBS.index(item.verb))
+        return Recipe(self.source, tuple(ordered), self.output, self.run)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values; options that have their defaults are written too, so that a recipe means the same later."""
+        return {
+            "quantloom_recipe": RECIPE_VERSION,
+            "source": list(self.source),
+            "stages": [{"stage": stage.verb, **stage.to_dict()} for stage in self.stages],
+            "output": None if self.output is None else asdict(self.output),
+            "run": asdict(self.run),
+        }
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
+        """Raises UsageError for a version, stage or option that does not exist."""
+        _known("recipe", values, ("quantloom_recipe", "source", "stages", "output", "run"))
+        version = values.get("quantloom_recipe")
+        if version != RECIPE_VERSION:
+            raise UsageError(f"recipe version {version!r} is not the version {RECIPE_VERSION} that this program reads")
+        source, stages = values.get("source", []), values.get("stages", [])
+        if not isinstance(source, list | tuple) or not all(isinstance(item, str) for item in source):
+            raise UsageError("recipe: source must be a list of paths")
+        if not isinstance(stages, list) or not all(isinstance(item, dict) and "stage" in item for item in stages):
+            raise UsageError("recipe: stages must be a list of objects with a 'stage' each")
+        built = [make_stage(item["stage"], {k: v for k, v in item.items() if k != "stage"}) for item in stages]
+        output = None if values.get("output") is None else _build(Output, values["output"])
+        recipe = cls(tuple(source), (), output, _build(Run, values.get("run") or {}))
+        for stage in built:
+            recipe = recipe.with_stage(stage)
+        return recipe
+
+    @classmethod
+    def from_json(cls, text: str) -> Recipe:
+        """Raises UsageError for text that is no recipe."""
+        try:
+            values = json.loads(text)
+        except ValueError as error:
+            raise UsageError(f"recipe is not JSON: {error}") from error
+        if not isinstance(values, dict):
+            raise UsageError("recipe must be a JSON object")
+        return cls.from_dict(values)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Recipe:
+        """Reads a recipe file."""
+        try:
+            return cls.from_json(Path(path).read_text())
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"{path}: cannot read the recipe: {error}") from error
+        except UsageError as error:
+            raise UsageError(f"{path}: {error}") from error
+
+
+T = TypeVar("T", Output, Run)
+
+
+def _known(what: str, values: Any, names: tuple[str, ...]) -> None:
+    if not isinstance(values, Mapping):
+        raise UsageError(f"{what} must be an object, is {type(values).__name__}")
+    for name in values:
+        if name not in names:
+            raise UsageError(f"{what} has no entry {name!r}{did_you_mean(name, names)}")
+
+
+def _build(cls: type[T], values: Any) -> T:
+    names = tuple(item.name for item in fields(cls))
+    _known(cls.__name__.lower(), values, names)
+    try:
+        return cls(**values)
+    except TypeError as error:
+        raise UsageError(f"recipe: {cls.__name__.lower()}: {error}") from error

@@ -1,0 +1,157 @@
+"""The report of a run: a value that prints itself for people, notebooks and programs."""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..stages.work import Receipt
+from .plan import Plan
+from .sizes import show_seconds, show_size
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderResult
+    from rich.table import Table
+
+WORST_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer that was quantized."""
+
+    name: str
+    format: str
+    nbytes_in: int
+    nbytes_out: int
+    error: float
+    """Relative Frobenius error ||W' - W|| / ||W||, from one row in 16."""
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a run did."""
+
+    source: tuple[str, ...]
+    output: str
+    layers: tuple[LayerReport, ...]
+    kept: dict[str, int]
+    """Number of layers kept, by reason."""
+    nbytes_in: int
+    nbytes_out: int
+    seconds: float
+    peak_bytes: int
+    """Largest resident memory of this process (of a distributed run: of the client)."""
+    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def ratio(self) -> float:
+        """Output bytes per input byte."""
+        return self.nbytes_out / self.nbytes_in if self.nbytes_in else 1.0
+
+    @property
+    def worst(self) -> list[LayerReport]:
+        """Layers by falling error."""
+        return sorted(self.layers, key=lambda layer: -layer.error)
+
+    @property
+    def verify_command(self) -> str:
+        """The command that checks the output against the source."""
+        import shlex
+
+        return shlex.join(["quantloom", "verify", self.output, "--against", *self.source])
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return {
+            "source": list(self.source), "output": self.output, "bytes_in": self.nbytes_in, "bytes_out": self.nbytes_out,
+            "ratio": self.ratio, "seconds": self.seconds, "peak_memory_bytes": self.peak_bytes,
+            "layers": [vars(layer) for layer in self.layers], "kept": self.kept,
+            "notes": list(self.notes), "warnings": list(self.warnings), "verify": self.verify_command,
+        }  # fmt: skip
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2)
+
+    def table(self, most: int | None = None) -> Table:
+        """Layers by falling error, as a rich table."""
+        from rich.table import Table
+
+        table = Table(title=None, header_style="bold")
+        for heading in ("layer", "format"):
+            table.add_column(heading, overflow="fold")
+        for heading in ("error", "before", "after", "time"):
+            table.add_column(heading, justify="right")
+        for layer in self.worst[:most]:
+            table.add_row(
+                layer.name, layer.format, f"{layer.error:.5f}", show_size(layer.nbytes_in), show_size(layer.nbytes_out),
+                show_seconds(layer.seconds),
+            )  # fmt: skip
+        return table
+
+    def summary(self) -> str:
+        """A few lines: sizes, time, kept layers and why, and how to verify."""
+        rate = self.nbytes_in / 1e9 / self.seconds if self.seconds else 0.0
+        lines = [
+            f"{self.output}: {show_size(self.nbytes_in)} -> {show_size(self.nbytes_out)} ({self.ratio:.1%}), "
+            f"{len(self.layers)} layers quantized",
+            f"{show_seconds(self.seconds)}, {rate:.2f} GB/s, peak memory {show_size(self.peak_bytes)}",
+        ]
+        lines += [f"kept {count} layers: {reason}" for reason, count in self.kept.items()]
+        lines.append(f"check it: {self.verify_command}")
+        return "\n".join(lines)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        if self.layers:
+            yield f"Worst layers by error (of {len(self.layers)}):"
+            yield self.table(WORST_SHOWN)
+        yield self.summary()
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><td>{html.escape(layer.name)}</td><td>{html.escape(layer.format)}</td><td>{layer.error:.5f}</td>"
+            f"<td>{show_size(layer.nbytes_in)}</td><td>{show_size(layer.nbytes_out)}</td></tr>"
+            for layer in self.worst
+        )
+        head = "<tr><th>layer</th><th>format</th><th>error</th><th>before</th><th>after</th></tr>"
+        return f"<pre>{html.escape(self.summary())}</pre><table>{head}{rows}</table>"
+
+
+def make_report(plan: Plan, receipts: Sequence[Receipt], seconds: float) -> Report:
+    """Joins the receipts of each layer's row ranges."""
+    joined: dict[str, list[Receipt]] = {}
+    for receipt in receipts:
+        joined.setdefault(receipt.name, []).append(receipt)
+    layers = []
+    for layer in plan.quantized:
+        parts = joined[layer.layer.name]
+        whole = Receipt(
+            layer.layer.name, layer.format, layer.layer.nbytes, layer.nbytes_out, sum(part.seconds for part in parts),
+            sum(part.squared_error for part in parts), sum(part.squared_weight for part in parts),
+        )  # fmt: skip
+        layers.append(
+            LayerReport(whole.name, whole.format, whole.nbytes_in, whole.nbytes_out, whole.error or 0.0, whole.seconds)
+        )
+    return Report(
+        plan.recipe.source, plan.output.path, tuple(layers), dict(plan.kept.most_common()), plan.nbytes_in, plan.nbytes_out,
+        seconds, peak_memory(), plan.notes, plan.warnings,
+    )  # fmt: skip
+
+
+def peak_memory() -> int:
+    """Largest resident memory of this process so far, in bytes."""
+    import sys
+
+    try:
+        import resource
+    except ImportError:  # Windows
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,84 @@
+"""Where every output tensor lies: one file, or shards of a wanted size with an index."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .safetensors import layout
+from .tensors import Slot, TensorSpec
+
+DEFAULT_SHARD_BYTES = 5_000_000_000
+SUFFIX = ".safetensors"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One output file."""
+
+    path: str
+    head: bytes
+    """Length and JSON header, padded."""
+    size: int
+    """Bytes of the whole file."""
+    slots: tuple[Slot, ...]
+
+
+def is_single_file(output: str) -> bool:
+    """Whether an output path names a file and not a folder."""
+    return output.endswith(SUFFIX)
+
+
+def lay_out(groups: Sequence[Sequence[TensorSpec]], output: str, shard_bytes: int | None,
+            metadata: Mapping[str, str], stem: str = "model") -> list[Shard]:  # fmt: skip
+    """Shards of at most ``shard_bytes`` (None: a file is one, a folder is split at 5 GB); a group is never split.
+
+    ``stem`` is the file name in a folder, as in ``model-00001-of-00002.safetensors``.
+    """
+    path = Path(output)
+    if is_single_file(output):
+        folder, stem = path.parent, path.name.removesuffix(SUFFIX)
+    else:
+        folder, shard_bytes = path, shard_bytes or DEFAULT_SHARD_BYTES
+    bins: list[list[TensorSpec]] = [[]]
+    used = 0
+    for group in groups:
+        size = sum(spec.nbytes for spec in group)
+        if shard_bytes and bins[-1] and used + size > shard_bytes:
+            bins.append([])
+            used = 0
+        bins[-1].extend(group)
+        used += size
+    names = [f"{stem}{SUFFIX}"]
+    if len(bins) > 1:
+        names = [f"{stem}-{number:05d}-of-{len(bins):05d}{SUFFIX}" for number in range(1, len(bins) + 1)]
+    return [_shard(folder / name, specs, metadata) for name, specs in zip(names, bins, strict=True)]
+
+
+def _shard(path: Path, specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> Shard:
+    head, starts, size = layout(specs, metadata)
+    slots = tuple(
+        Slot(spec.name, spec.dtype, spec.shape, str(path), start) for spec, start in zip(specs, starts, strict=True)
+    )
+    return Shard(str(path), head, size, slots)
+
+
+def index_file(shards: Sequence[Shard]) -> tuple[Path, bytes] | None:
+    """Path and content of the index of several shards; None for one."""
+    if len(shards) == 1:
+        return None
+    first = Path(shards[0].path)
+    stem = re.sub(r"-\d{5}-of-\d{5}\.safetensors$", "", first.name)
+    weight_map = {slot.name: Path(slot.path).name for shard in shards for slot in shard.slots}
+    total = sum(slot.nbytes for shard in shards for slot in shard.slots)
+    content = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n"
+    return first.with_name(f"{stem}{SUFFIX}.index.json"), content.encode()
+
+
+def stem_of(files: Sequence[Path]) -> str:
+    """The file name that shards of a folder share, as their clients look for it: ``model``, ``diffusion_pytorch_model``."""
+    stems = {re.sub(r"(-\d{5}-of-\d{5})?\.safetensors$", "", path.name) for path in files}
+    return stems.pop() if len(stems) == 1 else "model"

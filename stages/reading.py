@@ -1,0 +1,159 @@
+"""First steps of a chain: copy bytes, read rows as stored, or read and decode rows of a quantized layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+
+from ..formats.encoding import Encoding
+from ..formats.fileio import Reader
+from ..formats.scratch import scratch
+from ..formats.tensors import TensorRef, torch_dtype
+from .work import Chunk, Environment, LayerPlan, Work, check_cancelled
+
+
+def row_chunks(rows: tuple[int, int], row_bytes: int, environment: Environment, multiple: int) -> Iterator[tuple[int, int]]:
+    """Row ranges of about ``chunk_bytes``, starting at multiples of ``multiple``; stops when the run is cancelled."""
+    start, stop = rows
+    step = chunk_rows(row_bytes, environment.chunk_bytes, multiple)
+    for first in range(start, stop, step):
+        check_cancelled(environment.run_id)
+        yield first, min(first + step, stop)
+
+
+def chunk_rows(row_bytes: int, chunk_bytes: int, multiple: int) -> int:
+    """Rows in a full chunk: as many as fit, but at least ``multiple``."""
+    return max(1, chunk_bytes // max(1, row_bytes * multiple)) * multiple
+
+
+def chunk_elements(plan: LayerPlan, environment: Environment) -> int:
+    """Weights in one chunk of a layer."""
+    (rows, columns), steps = plan.layer.weight.shape, plan.steps
+    encoding = plan.layer.encoding
+    row_bytes = (encoding.codes if encoding else plan.layer.weight).row_bytes
+    multiple = getattr(steps[0], "multiple", 1)
+    return min(rows, chunk_rows(row_bytes, environment.chunk_bytes, multiple)) * columns
+
+
+def read_rows(reader: Reader, ref: TensorRef, rows: tuple[int, int], key: str) -> torch.Tensor:
+    """Rows of a stored two-dimensional tensor in a CPU buffer that is reused at the next call with this key."""
+    start, stop = rows
+    count = (stop - start) * ref.row_bytes
+    buffer = scratch(key, (count,), torch.uint8, torch.device("cpu"))
+    reader.read_into(memoryview(buffer.numpy()), ref.start + start * ref.row_bytes)
+    return buffer.view(torch_dtype(ref.dtype)).view(stop - start, math.prod(ref.shape[1:]))
+
+
+def as_float32(x: torch.Tensor, columns: int) -> torch.Tensor:
+    """``x`` (r, n) as float32 (r, columns) in scratch memory, padded with zeros; float64 is rounded first."""
+    width = x.shape[1]
+    out = scratch("x", (x.shape[0], columns), torch.float32, x.device)
+    out[:, :width].copy_(x)
+    if columns > width:
+        out[:, width:].zero_()
+    return out
+
+
+@dataclass(frozen=True)
+class Copy:
+    """Passes tensors through byte for byte, under new names where ``names`` gives one."""
+
+    names: tuple[tuple[str, str], ...]
+    """(stored name, output name) of every tensor."""
+    name: str = "copy"
+
+    def run(self, work: Work) -> Work:
+        refs = {ref.name: ref for ref in work.plan.layer.tensors}
+
+        def stream(_start: int, _stop: int) -> Iterator[Chunk]:
+            for stored, output in self.names:
+                ref = refs[stored]
+                whole = (0, ref.nbytes)
+                with Reader(ref.path) as reader:
+                    for first, last in row_chunks(whole, 1, work.environment, 1):
+                        buffer = scratch("copy", (last - first,), torch.uint8, torch.device("cpu"))
+                        reader.read_into(memoryview(buffer.numpy()), ref.start + first)
+                        yield Chunk(first, buffer, writes=[(output, first, buffer)])
+
+        work.stream = stream
+        return work
+
+    def memory(self, plan: LayerPlan, environment: Environment) -> int:
+        """One buffer."""
+        return min(environment.chunk_bytes, max((ref.nbytes for ref in plan.layer.tensors), default=0))
+
+
+@dataclass(frozen=True)
+class Read:
+    """Reads rows of a weight as they are stored."""
+
+    multiple: int = 1
+    """Chunks start at multiples of this many rows."""
+    name: str = "read"
+
+    def run(self, work: Work) -> Work:
+        (ref,) = work.plan.layer.tensors
+        device = torch.device(work.environment.device)
+
+        def stream(start: int, stop: int) -> Iterator[Chunk]:
+            with Reader(ref.path) as reader:
+                for rows in row_chunks((start, stop), ref.row_bytes, work.environment, self.multiple):
+                    yield Chunk(rows[0], read_rows(reader, ref, rows, "read").to(device))
+
+        work.stream = stream
+        return work
+
+    def memory(self, plan: LayerPlan, environment: Environment) -> int:
+        """The rows as stored, on the CPU and on the device."""
+        return chunk_elements(plan, environment) * 2 * max(2, plan.layer.weight.row_bytes // max(1, plan.layer.weight.shape[1]))
+
+
+@dataclass(frozen=True)
+class Decode:
+    """Reads rows of a quantized layer as float32 weights."""
+
+    multiple: int = 1
+    name: str = "decode"
+
+    def run(self, work: Work) -> Work:
+        encoding = work.plan.layer.encoding
+        assert encoding is not None
+        device = torch.device(work.environment.device)
+
+        def stream(start: int, stop: int) -> Iterator[Chunk]:
+            with ExitStack() as stack:
+                parts = (encoding.codes, encoding.scales, encoding.whole)
+                readers = {path: stack.enter_context(Reader(path)) for path in {ref.path for ref in parts if ref}}
+                for rows in row_chunks((start, stop), encoding.codes.row_bytes, work.environment, self.multiple):
+                    yield Chunk(rows[0], decode_rows(encoding, readers, rows, device))
+
+        work.stream = stream
+        return work
+
+    def memory(self, plan: LayerPlan, environment: Environment) -> int:
+        """Codes, integer indices into the code table, and float32 rows twice."""
+        return chunk_elements(plan, environment) * 18
+
+
+def decode_rows(encoding: Encoding, readers: dict[str, Reader], rows: tuple[int, int], device: torch.device) -> torch.Tensor:
+    """Float32 weights (r, n) of a range of rows of a quantized layer."""
+
+    def part(ref: TensorRef | None, wanted: tuple[int, int], key: str) -> torch.Tensor | None:
+        if ref is None:
+            return None
+        stored = read_rows(readers[ref.path], _as_rows(ref), wanted, key)
+        return stored.view(stored.shape[0], *ref.shape[1:]).to(device)
+
+    codes = part(encoding.codes, rows, "codes")
+    scales = None if encoding.scales is None else part(encoding.scales, encoding.scale_range(*rows), "scales")
+    assert codes is not None
+    return encoding.decode(rows, codes, scales, part(encoding.whole, (0, 1), "whole"))
+
+
+def _as_rows(ref: TensorRef) -> TensorRef:
+    """A scalar seen as one row."""
+    return ref if ref.shape else TensorRef(ref.name, ref.dtype, (1,), ref.path, ref.start)

@@ -1,0 +1,267 @@
+"""Per-layer rules: regular expressions on layer names, each with the settings that the matching layers get.
+
+A file of rules is JSON, YAML or TOML and holds one mapping::
+
+    double_blocks\\.\\d+\\.img_attn: {format: nvfp4}
+    single_blocks\\.0\\.: {format: fp8, scaling: row}
+    final_layer: {skip: true}
+
+A pattern is searched in the name without ``.weight``. Where several match, the most specific wins: the one that fixes
+the most literal characters; at a tie, the first in the file.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import json
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..formats.errors import UsageError, did_you_mean
+from ..formats.registry import FORMATS, format_info
+
+_TYPES: dict[str, tuple[type, str]] = {
+    "format": (str, "a format name"),
+    "scaling": (str, "a scaling such as 'row'"),
+    "block_size": (int, "a whole number above 0"),
+    "rotate": (str, "a rotation such as 'hadamard:256'"),
+    "rounding": (str, "a rounding such as 'mse'"),
+    "skip": (bool, "true or false"),
+}
+"""Every setting, its type, and how a message calls it."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One pattern and what holds for the layers that it wins. Raises UsageError if it cannot mean anything."""
+
+    pattern: str
+    settings: Mapping[str, object] = field(hash=False)
+    """Some of format, scaling, block_size, rotate, rounding, skip."""
+    order: int = 0
+    """Place in the file; the first wins a tie."""
+
+    def __post_init__(self) -> None:
+        compile_pattern(self.pattern, "rule")
+        problem = _problem(self.settings)
+        if problem:
+            raise UsageError(f"rule {self.pattern!r}: {problem}")
+
+    @property
+    def skips(self) -> bool:
+        return self.settings.get("skip") is True
+
+    @property
+    def decides(self) -> bool:
+        """Whether the rule says by itself that its layers are quantized: it names a format, or sets skip to false."""
+        return not self.skips and ("format" in self.settings or "skip" in self.settings)
+
+    @property
+    def overrides(self) -> dict[str, object]:
+        """The settings that remain for a layer that is quantized."""
+        return {name: value for name, value in self.settings.items() if name != "skip"}
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"pattern": self.pattern, "settings": dict(self.settings), "order": self.order}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Rule:
+        if not {"pattern", "settings"} <= data.keys() <= {"pattern", "settings", "order"}:
+            raise UsageError(f"a rule has pattern, settings and order, not {', '.join(map(str, data))}")
+        return cls(data["pattern"], dict(data["settings"]), data.get("order", 0))
+
+
+def compile_pattern(pattern: str, what: str) -> re.Pattern[str]:
+    """The compiled pattern; UsageError with the position of the mistake. ``what`` says where it was given."""
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        place = "" if error.pos is None else f" at position {error.pos}"
+        raise UsageError(f"{what}: {pattern!r} is not a regular expression: {error.msg}{place}") from None
+    except (OverflowError, RecursionError) as error:
+        raise UsageError(f"{what}: {pattern!r} is not a usable regular expression: {error}") from None
+
+
+def _problem(settings: Mapping[str, object]) -> str | None:
+    if not settings:
+        return f"no settings; known: {', '.join(_TYPES)}"
+    for name, value in settings.items():
+        if name not in _TYPES:
+            return f"unknown setting {name!r}{did_you_mean(str(name), _TYPES)}"
+        kind, words = _TYPES[name]
+        whole = isinstance(value, int) and not isinstance(value, bool) and value > 0
+        if not (whole if kind is int else isinstance(value, kind)):
+            return f"{name} must be {words}, not {value!r}"
+    if settings.get("skip") is True and len(settings) > 1:
+        return f"skip leaves nothing to set, but {', '.join(name for name in settings if name != 'skip')} is set too"
+    return _scaling_problem(settings.get("format"), settings.get("scaling"))
+
+
+def _scaling_problem(of: object, scaling: object) -> str | None:
+    known = tuple(dict.fromkeys(each for info in FORMATS.values() for each in info.scalings))
+    if isinstance(of, str):
+        try:
+            known = format_info(of).scalings
+        except UsageError as error:
+            return str(error)
+    if isinstance(scaling, str) and scaling not in known:
+        return f"unknown scaling {scaling!r}{f' of {of}' if of else ''}{did_you_mean(scaling, known)}"
+    return None
+
+
+def load_rules(path: str | Path) -> tuple[Rule, ...]:
+    """The rules of a JSON, YAML or TOML file, in file order. UsageError names the file, and the line where known."""
+    file = Path(path)
+    try:
+        text = file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"layer file {file}: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise UsageError(f"layer file {file}: not UTF-8 text (byte {error.start})") from None
+    data = _parse(file, text)
+    if not isinstance(data, Mapping):
+        raise UsageError(f"layer file {file}: holds {_kind(data)}, not a mapping of pattern to settings")
+    rules = []
+    for order, (pattern, settings) in enumerate(data.items()):
+        if not isinstance(pattern, str):
+            raise UsageError(f"layer file {file}: {pattern!r} is no pattern; quote it")
+        if not isinstance(settings, Mapping):
+            raise UsageError(
+                f"layer file {file}: {pattern!r} has {_kind(settings)} instead of settings such as {{format: fp8}}"
+            )
+        try:
+            rules.append(Rule(pattern, dict(settings), order))
+        except UsageError as error:
+            raise UsageError(f"layer file {file}: {error}") from None
+    if not rules:
+        raise UsageError(f"layer file {file}: holds no rule")
+    return tuple(rules)
+
+
+def _kind(value: object) -> str:
+    return {list: "a list", str: "text", type(None): "nothing"}.get(type(value), type(value).__name__)
+
+
+def _parse(file: Path, text: str) -> object:
+    suffix = file.suffix.lower()
+    try:
+        if suffix == ".json":
+            return json.loads(text, object_pairs_hook=_no_duplicates)
+        if suffix in (".yaml", ".yml"):
+            return yaml.load(text, Loader=_yaml_loader())
+        if suffix == ".toml":
+            return tomllib.loads(text)
+    except json.JSONDecodeError as error:
+        raise UsageError(f"layer file {file}, line {error.lineno}, column {error.colno}: {error.msg}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"layer file {file}: {error}") from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise UsageError(f"layer file {file}{place}: {error.problem or error.context}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UsageError(f"layer file {file}: {error}") from None
+    raise UsageError(f"layer file {file}: the name must end in .json, .yaml, .yml or .toml")
+
+
+def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found: dict[str, object] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"{key!r} is given twice")
+        found[key] = value
+    return found
+
+
+@cache
+def _yaml_loader() -> type[yaml.SafeLoader]:
+    """PyYAML keeps the last of two equal keys without a word; a rule must not vanish."""
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            seen = set()
+            for key, _ in node.value:
+                if isinstance(key, yaml.ScalarNode):
+                    if key.value in seen:
+                        problem = f"{key.value!r} is given twice"
+                        raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+                    seen.add(key.value)
+            return super().construct_mapping(node, deep)
+
+    return Loader
+
+
+@cache
+def literal_characters(pattern: str) -> int:
+    """How many characters of a match the pattern fixes: its specificity.
+
+    Counted in the parsed pattern, so escapes and classes do not count by their spelling. Of alternatives the shortest
+    counts, of a repetition the least number of times; what may be absent fixes nothing.
+    """
+    return _literals(importlib.import_module("re._parser").parse(pattern))
+
+
+def _literals(nodes: Any) -> int:
+    total = 0
+    for op, value in nodes:
+        name = str(op)
+        if name == "LITERAL":
+            total += 1
+        elif name == "BRANCH":
+            total += min(_literals(branch) for branch in value[1])
+        elif name in ("MAX_REPEAT", "MIN_REPEAT", "POSSESSIVE_REPEAT"):
+            total += int(value[0]) * _literals(value[2])
+        elif name == "SUBPATTERN":
+            total += _literals(value[3])
+        elif name == "ATOMIC_GROUP":
+            total += _literals(value)
+        elif name == "ASSERT":
+            total += _literals(value[1])
+    return total
+
+
+def match_rules(rules: Sequence[Rule], names: Sequence[str]) -> dict[str, Rule]:
+    """The winning rule of every name (without ``.weight``) that a rule matches.
+
+    Raises UsageError for a rule that matches no name: a mistyped pattern must not pass as "nothing to do".
+    """
+    ranked = sorted(rules, key=lambda rule: (-literal_characters(rule.pattern), rule.order))
+    won: dict[str, Rule] = {}
+    for rule in ranked:
+        search = compile_pattern(rule.pattern, "rule").search
+        matched = [name for name in names if search(name)]
+        if not matched:
+            raise UsageError(f"rule {rule.pattern!r} matches no layer{nearest_names(rule.pattern, names)}")
+        for name in matched:
+            won.setdefault(name, rule)
+    return won
+
+
+_INDEX = re.compile(r"\d+")
+_LOOKED_AT = 2000
+"""Distinct names that a hint compares with; enough for any model, and bounded."""
+
+
+def nearest_names(pattern: str, names: Sequence[str]) -> str:
+    """A hint such as ``; nearest: 'blocks.0.attn.q'``: names with a part most like the pattern's own text."""
+    text = re.sub(r"\\[DwWsSbBAZ]|[\\^$*+?()\[\]{}|]", "", pattern.replace(r"\d", "0"))
+    text = _INDEX.sub("0", text.removesuffix(".weight"))
+    parts = text.count(".") + 1
+    distinct: dict[str, str] = {}
+    for name in names:
+        distinct.setdefault(_INDEX.sub("0", name), name)
+    scored = []
+    for folded, name in list(distinct.items())[:_LOOKED_AT]:
+        path = folded.split(".")
+        windows = [".".join(path[i : i + parts]) for i in range(max(1, len(path) - parts + 1))]
+        scored.append((max(difflib.SequenceMatcher(None, text, window).ratio() for window in windows), name))
+    best = sorted(scored, key=lambda each: -each[0])[:3]
+    return "; nearest: " + ", ".join(repr(name) for _, name in best) if best else ""

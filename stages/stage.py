@@ -1,0 +1,62 @@
+"""Stages: the verbs of a recipe. Each plans all layers from shapes alone; registering one gives it a DSL verb."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from ..formats.errors import UsageError, did_you_mean
+
+if TYPE_CHECKING:
+    from .work import LayerPlan
+
+_STAGES: dict[str, str] = {
+    "target": "target:Target",
+    "quantize": "quantize:Quantize",
+}
+"""verb -> ``module:class``, in the order in which they plan."""
+
+VERBS = tuple(_STAGES)
+
+
+@dataclass
+class Context:
+    """What stages may know and say while they plan."""
+
+    notes: list[str] = field(default_factory=list)
+    """Announcements for the user (preset detected, groups that do not divide ...)."""
+    warnings: list[str] = field(default_factory=list)
+
+
+class Stage(Protocol):
+    """A frozen, JSON-able dataclass; its fields are the options of the verb."""
+
+    verb: ClassVar[str]
+
+    def plan(self, layers: Sequence[LayerPlan], context: Context) -> list[LayerPlan]:
+        """The layers with what this stage adds: steps, outputs, reasons. Reads shapes, never weights."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Options as JSON values."""
+
+
+def stage_class(verb: str) -> type[Any]:
+    """The class behind a verb; UsageError with near verbs otherwise."""
+    if verb not in _STAGES:
+        raise UsageError(f"unknown stage {verb!r}{did_you_mean(verb, _STAGES)}")
+    module, name = _STAGES[verb].split(":")
+    cls: type[Any] = getattr(import_module(f".{module}", __package__), name)
+    return cls
+
+
+def make_stage(verb: str, options: Mapping[str, Any]) -> Stage:
+    """A stage from its verb and options, as recipes hold them; UsageError for an option that it does not have."""
+    cls = stage_class(verb)
+    known = [item.name for item in fields(cls)]
+    for name in options:
+        if name not in known:
+            raise UsageError(f"{verb} has no option {name!r}{did_you_mean(name, known)}")
+    stage: Stage = cls(**options)
+    return stage

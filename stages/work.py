@@ -1,0 +1,185 @@
+"""What travels along one layer's chain of steps: a lazy stream of row chunks, and the receipt at its end.
+
+A step never holds the tensor. It wraps the stream of the step before it; only the last one, the write, pulls chunks
+through. A stream can be opened again on any row range, so a step that must see everything first can look twice.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ..formats.errors import QuantloomError
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..formats.format import Scales
+    from ..formats.layers import Layer
+    from ..formats.tensors import Slot, TensorSpec
+
+
+class Cancelled(QuantloomError):
+    """The run was asked to stop; what it had written is removed."""
+
+
+@dataclass
+class Chunk:
+    """A range of rows on its way. Tensors live in scratch memory until the next chunk."""
+
+    start: int
+    """First row, counted in the whole weight."""
+    x: torch.Tensor
+    """Rows: as stored (``Read``), float32 and padded to whole groups after ``Load`` (destroyed by rounding)."""
+    scales: Scales | None = None
+    codes: torch.Tensor | None = None
+    writes: list[tuple[str, int, torch.Tensor]] = field(default_factory=list)
+    """(slot name, byte offset within the slot, bytes on the CPU), filled by packing."""
+
+
+Stream = Callable[[int, int], Iterator[Chunk]]
+"""Opens the chunks of rows ``start`` to ``stop``."""
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Where steps run: decided by the driver, the same for every layer of a run."""
+
+    run_id: str = ""
+    """Names the run within a process, so that it can be cancelled."""
+    device: str = "cpu"
+    chunk_bytes: int = 2 << 20
+    """Source bytes per chunk."""
+    threads: int = 1
+    """Torch threads of one task."""
+
+
+class Step(Protocol):
+    """One node of a layer's chain."""
+
+    @property
+    def name(self) -> str:
+        """What the node is called in graphs and plans."""
+
+    def run(self, work: Work) -> Work:
+        """Wraps the work's stream, or drains it."""
+
+    def memory(self, plan: LayerPlan, environment: Environment) -> int:
+        """Bytes that the step holds at most while a task of the layer runs."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What targeting decided for a layer that is to be quantized."""
+
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    """Options of the quantize stage that a rule or the fallback sets for this layer."""
+    barred: Mapping[str, str] = field(default_factory=dict)
+    """Formats that this layer must not have, with the reason."""
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """Everything that will happen to one layer, before any weight is read."""
+
+    layer: Layer
+    steps: tuple[Step, ...]
+    """Chain from the first read to the write; a layer that is copied has just these two."""
+    outputs: tuple[TensorSpec, ...]
+    """Tensors that are written for it."""
+    format: str = ""
+    """What it becomes, in words: ``nvfp4``, ``fp8 row``; empty when it is kept."""
+    reason: str = ""
+    """Why it is kept."""
+    constants: tuple[tuple[TensorSpec, bytes], ...] = ()
+    """Of ``outputs``, those whose bytes are known already."""
+    entry: Any = None
+    """What marker and header say of it (JSON), in the output's dialect."""
+    settings: Settings | None = None
+    """What targeting decided for it, until a later stage uses it."""
+    slots: tuple[Slot, ...] = ()
+    """Places of ``outputs``, once the shards are laid out."""
+    parts: tuple[tuple[int, int], ...] = ()
+    """Row ranges that run as tasks of their own; empty: one task."""
+
+    @property
+    def rows(self) -> int:
+        """Length of the weight's first dimension; 1 for a scalar."""
+        return self.layer.weight.shape[0] if self.layer.weight.shape else 1
+
+    @property
+    def nbytes_out(self) -> int:
+        """Bytes written."""
+        return sum(spec.nbytes for spec in self.outputs)
+
+    def peak_bytes(self, environment: Environment) -> int:
+        """Working memory of one task of it, at most."""
+        return sum(step.memory(self, environment) for step in self.steps)
+
+
+@dataclass
+class Work:
+    """One task's layer (or row range of one), and the stream built so far."""
+
+    plan: LayerPlan
+    rows: tuple[int, int]
+    """Range of rows that this task writes."""
+    environment: Environment
+    whole: float | None = None
+    """Scale of the whole tensor, when another task has computed it."""
+    stream: Stream | None = None
+    squared_error: float = 0.0
+    squared_weight: float = 0.0
+    """Sums over the sampled rows, in float64."""
+    started: float = 0.0
+    """Clock (seconds) when the first step began."""
+
+    def chunks(self) -> Iterator[Chunk]:
+        """The stream over this task's rows."""
+        assert self.stream is not None
+        return self.stream(*self.rows)
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What a finished task reports. A few hundred bytes; tensors never come back."""
+
+    name: str
+    format: str
+    nbytes_in: int
+    nbytes_out: int
+    seconds: float
+    squared_error: float = 0.0
+    squared_weight: float = 0.0
+    first: bool = True
+    """Whether this is the layer's first (or only) row range."""
+
+    @property
+    def error(self) -> float | None:
+        """Relative Frobenius error of the stored weight, from sampled rows; None for a layer that is kept."""
+        if not self.format:
+            return None
+        if self.squared_weight == 0.0:
+            return 0.0
+        return math.sqrt(self.squared_error / self.squared_weight)
+
+
+_cancelled: set[str] = set()
+
+
+def cancel(run_id: str) -> None:
+    """Asks every task of the run in this process to stop at its next chunk."""
+    _cancelled.add(run_id)
+
+
+def forget(run_id: str) -> None:
+    """Drops the request, once the run is over."""
+    _cancelled.discard(run_id)
+
+
+def check_cancelled(run_id: str) -> None:
+    """Raises Cancelled when the run was asked to stop."""
+    if run_id in _cancelled:
+        raise Cancelled("stopped on request")
