@@ -9,43 +9,26 @@ from typing import Any, ClassVar
 
 from ..formats.tensors import FLOAT_DTYPES
 from .keeping import keep
-from .rules import Rule, load_rules, parse_rules
+from .rules import Rule, load_rules
 from .stage import Context
 from .targeting import Candidate, Targeting
 from .work import LayerPlan, Settings
 
+_WARNING = "warning: "
+
 
 @dataclass(frozen=True)
-class Target:
-    """Chooses layers by preset, patterns and per-layer rules."""
+class Target(Targeting):
+    """Chooses layers by preset, patterns and per-layer rules.
+
+    ``rules`` may also be the path of a JSON, YAML or TOML file, or a mapping of pattern to settings.
+    """
 
     verb: ClassVar[str] = "target"
 
-    preset: str = "auto"
-    """Name of a preset, ``auto`` (found by key names) or ``none``."""
-    include: str | None = None
-    """Regular expression: only layers that match are quantized."""
-    exclude: str | None = None
-    """Regular expression: layers that match are kept."""
-    rules: Any = ()
-    """Per-layer settings: a file (JSON, YAML, TOML), a mapping of pattern to settings, or rules."""
-    fallback: str | None = None
-    """Format for layers that preset or ``exclude`` would keep."""
-    heuristics: bool = False
-    """Also keep layers whose size or shape gains little."""
-
     def __post_init__(self) -> None:
         object.__setattr__(self, "rules", _rules(self.rules))
-        self._targeting()
-
-    def _targeting(self) -> Targeting:
-        return Targeting(self.preset, self.include, self.exclude, self.rules, self.fallback, self.heuristics)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "preset": self.preset, "include": self.include, "exclude": self.exclude,
-            "rules": [rule.to_dict() for rule in self.rules], "fallback": self.fallback, "heuristics": self.heuristics,
-        }  # fmt: skip
+        super().__post_init__()
 
     def plan(self, layers: Sequence[LayerPlan], context: Context) -> list[LayerPlan]:
         """Raises UsageError for a pattern that is broken or matches nothing."""
@@ -54,13 +37,14 @@ class Target:
             for plan in layers
             if _is_candidate(plan)
         }
-        result = self._targeting().decide(list(candidates.values()))
-        context.notes += result.notes
-        context.warnings += result.warnings
+        result = self.decide(list(candidates.values()), [plan.layer.weight.name for plan in layers])
+        for note in result.notes:
+            (context.warnings if note.startswith(_WARNING) else context.notes).append(note.removeprefix(_WARNING))
+        removed = set(result.removed)
         planned = []
         for plan in layers:
             name = plan.layer.name
-            if name in result.removed:
+            if plan.layer.weight.name in removed:
                 continue
             if name not in candidates:
                 planned.append(plan)
@@ -84,5 +68,5 @@ def _rules(value: Any) -> tuple[Rule, ...]:
     if isinstance(value, str | Path):
         return load_rules(value)
     if isinstance(value, Mapping):
-        return parse_rules(value)
+        return tuple(Rule(pattern, dict(settings), order) for order, (pattern, settings) in enumerate(value.items()))
     return tuple(item if isinstance(item, Rule) else Rule.from_dict(item) for item in value)
