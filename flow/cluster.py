@@ -32,7 +32,7 @@ def run_distributed(where: Client | str, graph: Graph, keys: list[Key], budget: 
         client = _client(where, budget, stack)
         futures = client.get(graph, keys, sync=False)
         try:
-            for _future, receipts in as_completed(futures, with_results=True):
+            for _future, receipts in as_completed(futures, loop=client.loop, with_results=True):
                 yield receipts
         except BaseException:
             with contextlib.suppress(Exception):

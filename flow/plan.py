@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from .. import __version__
 from ..formats.comfy import HEADER_KEY, header_entry
@@ -21,6 +22,7 @@ from ..formats.tensors import Slot
 from ..stages.keeping import keep
 from ..stages.stage import Context, Stage, make_stage
 from ..stages.work import LayerPlan
+from .budget import Budget
 from .estimate import estimate_seconds
 from .parts import split_large
 from .recipe import Output, Recipe
@@ -72,6 +74,24 @@ class Plan:
     def kept(self) -> Counter[str]:
         """Number of kept tensors per reason; tensors that could never be quantized (biases, norms) are not named."""
         return Counter(layer.reason for layer in self.layers if not layer.format and layer.reason)
+
+    def to_dict(self, budget: Budget) -> dict[str, Any]:
+        """JSON values, every layer included."""
+        layers = [
+            {
+                "name": layer.layer.name, "shape": list(layer.layer.weight.shape), "format": layer.format or None,
+                "kept_because": layer.reason or None, "bytes_in": layer.layer.nbytes, "bytes_out": layer.nbytes_out,
+            }
+            for layer in self.layers
+        ]  # fmt: skip
+        return {
+            "source": list(self.recipe.source), "digest": self.digest, "bytes_in": self.nbytes_in, "bytes_out": self.nbytes_out,
+            "files": [{"path": shard.path, "bytes": shard.size} for shard in self.shards],
+            "peak_memory_bytes": budget.peak_bytes, "workers": budget.workers, "memory_budget_bytes": budget.limit,
+            "estimated_seconds": estimate_seconds(self.layers, self.recipe.run, budget.workers),
+            "formats": dict(self.formats), "kept": dict(self.kept), "notes": list(self.notes), "warnings": list(self.warnings),
+            "layers": layers,
+        }  # fmt: skip
 
     def explain(self, workers: int | None = None) -> str:
         """What would happen, as text."""

@@ -117,7 +117,7 @@ class Targeting:
         for name in data:
             if name not in known:
                 raise UsageError(f"targeting: unknown entry {name!r}{did_you_mean(name, known)}")
-        rules = tuple(Rule.from_dict(rule) for rule in data.get("rules", ()))
+        rules = tuple(Rule.from_dict(rule) for rule in data.get("rules") or ())
         return cls(**{**data, "rules": rules})
 
     def decide(

@@ -1,0 +1,226 @@
+"""What people see: progress, tables, logs and errors. The only place that prints."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..formats.errors import QuantloomError, UsageError
+from .sizes import show_seconds, show_size
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress as Bars
+
+    from ..stages.work import Receipt
+    from .budget import Budget
+    from .inspect import Inspection
+    from .pipeline import Flow
+    from .plan import Plan
+    from .report import Report
+    from .verify import Verification
+
+PLAIN_SECONDS = 10.0
+"""Without a terminal, a line of progress this often."""
+
+
+def setup_logging(verbosity: int) -> None:
+    """-1 quiet: errors; 0: warnings; 1: what is done; 2: everything."""
+    level = {-1: logging.ERROR, 0: logging.WARNING, 1: logging.INFO}.get(verbosity, logging.DEBUG)
+    logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logging.getLogger("quantloom").setLevel(level)
+    if level > logging.DEBUG:
+        for noisy in ("distributed", "asyncio"):
+            logging.getLogger(noisy).setLevel(logging.ERROR)
+
+
+def stderr() -> Console:
+    """The console for everything that is not a result."""
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def stdout() -> Console:
+    """The console for results."""
+    from rich.console import Console
+
+    return Console(highlight=False)
+
+
+def guarded(action: Callable[[], int]) -> int:
+    """Runs a command; errors become one message on stderr. 0 done, 1 the work failed, 2 wrong usage."""
+    from rich.text import Text
+
+    try:
+        return action()
+    except UsageError as error:
+        stderr().print(Text("usage: ", "bold red") + Text(str(error)))
+        return 2
+    except QuantloomError as error:
+        stderr().print(Text("error: ", "bold red") + Text(str(error)))
+        return 1
+    except KeyboardInterrupt:
+        stderr().print(Text("stopped: what had been written was removed; nothing was left under the output's name", "bold red"))
+        return 1
+    except BrokenPipeError:  # a reader such as head went away
+        sys.stderr.close()
+        return 1
+
+
+class Display:
+    """Live progress on a terminal; otherwise a line now and then."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.bars: Bars | None = None
+        self.bytes = self.layers = self.total_bytes = self.total_layers = 0
+        self.began = self.said = 0.0
+
+    def start(self, plan: Plan, budget: Budget) -> None:
+        import time
+
+        import psutil
+
+        self.process, self.budget = psutil.Process(), budget
+        self.total_bytes, self.total_layers = plan.nbytes_in, len(plan.layers)
+        self.began = self.said = time.perf_counter()
+        for text in plan.warnings:
+            self.console.print(f"[yellow]warning:[/] {_escape(text)}")
+        for text in plan.notes:
+            self.console.print(f"note: {_escape(text)}")
+        if self.console.is_terminal:
+            self._start_bars()
+        else:
+            words = f"{self.total_layers} layers, {show_size(self.total_bytes)}, {budget.workers} tasks at a time"
+            self.console.print(f"converting {words}, memory budget {show_size(budget.limit)}")
+
+    def _start_bars(self) -> None:
+        from rich import progress
+
+        self.bars = progress.Progress(
+            progress.TextColumn("{task.description}"), progress.BarColumn(), progress.TaskProgressColumn(),
+            progress.DownloadColumn(), progress.TransferSpeedColumn(), progress.TimeRemainingColumn(),
+            progress.TextColumn("{task.fields[layers]} layers, {task.fields[memory]}"), console=self.console, transient=True,
+        )  # fmt: skip
+        self.bars.start()
+        self.task = self.bars.add_task("converting", total=self.total_bytes, **self._fields())
+
+    def _fields(self) -> dict[str, str]:
+        memory = f"{show_size(self.process.memory_info().rss)} of {show_size(self.budget.limit)}"
+        return {"layers": f"{self.layers}/{self.total_layers}", "memory": memory}
+
+    def advance(self, receipts: Sequence[Receipt]) -> None:
+        import time
+
+        self.bytes += sum(receipt.nbytes_in for receipt in receipts)
+        self.layers += sum(receipt.first for receipt in receipts)
+        if self.bars:
+            self.bars.update(self.task, completed=self.bytes, **self._fields())
+            return
+        now = time.perf_counter()
+        if now - self.said >= PLAIN_SECONDS and self.bytes:
+            self.said = now
+            rate = self.bytes / (now - self.began)
+            left = show_seconds((self.total_bytes - self.bytes) / rate)
+            self.console.print(
+                f"{self.bytes / self.total_bytes:4.0%}  {show_size(self.bytes)} of {show_size(self.total_bytes)}, "
+                f"{self.layers}/{self.total_layers} layers, {rate / 1e9:.2f} GB/s, {left} left, "
+                f"memory {self._fields()['memory']}"
+            )
+
+    def stop(self) -> None:
+        if self.bars:
+            self.bars.stop()
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+def run_flow(flow: Flow, quiet: bool, as_json: bool) -> Report:
+    """Computes with progress on stderr, and prints the report."""
+    report = flow.compute(progress=None if quiet else Display(stderr()))
+    if as_json:
+        print(report.to_json())
+    elif not quiet:
+        stdout().print(report, soft_wrap=True)
+    return report
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on stdout."""
+    print(json.dumps(value, indent=2))
+
+
+def print_plan(plan: Plan, budget: Budget) -> None:
+    """Layers by format and what is kept, then the totals."""
+    from rich.table import Table
+
+    console = stdout()
+    table = Table("layer", "shape", "becomes", header_style="bold")
+    for heading in ("before", "after"):
+        table.add_column(heading, justify="right")
+    for layer in plan.layers:
+        if not layer.format and not layer.reason:
+            continue
+        what = layer.format or f"[dim]kept: {_escape(layer.reason)}[/]"
+        shape = " x ".join(str(size) for size in layer.layer.weight.shape)
+        table.add_row(_escape(layer.layer.name), shape, what, show_size(layer.layer.nbytes), show_size(layer.nbytes_out))
+    console.print(table)
+    console.print(_escape(plan.explain(budget.workers)), soft_wrap=True)
+    parts = f"{show_size(budget.base)} for the process, {budget.workers} x {show_size(budget.task_bytes)} for tasks"
+    console.print(f"memory   at most {show_size(budget.peak_bytes)} ({parts}); budget {show_size(budget.limit)}", soft_wrap=True)
+
+
+def print_inspection(found: Inspection, every_layer: bool) -> None:
+    """Sizes and formats, metadata, and with ``every_layer`` a row for each."""
+    from rich.table import Table
+
+    console = stdout()
+    console.print(f"{_escape(found.path)}: {len(found.files)} files, {len(found.layers)} layers, {show_size(found.nbytes)}", soft_wrap=True)
+    table = Table("stored as", header_style="bold")
+    for heading in ("layers", "weights", "bytes", "bits/weight"):
+        table.add_column(heading, justify="right")
+    for name, (count, size, weights) in found.formats.items():
+        bits = f"{size * 8 / weights:.2f}" if weights else "-"
+        table.add_row(name, str(count), f"{weights / 1e6:.2f} M", show_size(size), bits)
+    console.print(table)
+    for name, dialect_count in found.dialects.items():
+        console.print(f"dialect {name}: {dialect_count} quantized layers")
+    for key, value in found.metadata.items():
+        shown = value if len(value) <= 200 else f"{value[:200]}... ({len(value)} characters)"
+        console.print(f"metadata {_escape(key)}: {_escape(shown)}", soft_wrap=True)
+    for problem in found.problems:
+        console.print(f"[yellow]warning:[/] {_escape(problem)}", soft_wrap=True)
+    if every_layer:
+        rows = Table("layer", "shape", "stored as", header_style="bold")
+        for layer in found.layers:
+            rows.add_row(_escape(layer["name"]), str(layer["shape"]), layer["format"])
+        console.print(rows)
+
+
+def print_verification(result: Verification, most: int) -> None:
+    """Worst layers, problems, and the verdict."""
+    from rich.table import Table
+
+    console = stdout()
+    table = Table("layer", "format", header_style="bold")
+    table.add_column("relative error", justify="right")
+    for layer in result.worst[:most]:
+        table.add_row(_escape(layer.name), layer.format, f"{layer.error:.5f}")
+    if result.worst:
+        console.print(f"Worst {min(most, len(result.worst))} of {len(result.worst)} quantized layers:")
+        console.print(table)
+    for problem in result.problems:
+        console.print(f"[red]broken:[/] {_escape(problem)}", soft_wrap=True)
+    for name in result.unknown:
+        console.print(f"[yellow]warning:[/] {_escape(name)}: not in the source", soft_wrap=True)
+    kept = len(result.layers) - len(result.worst)
+    verdict = "sound" if result.ok else f"BROKEN ({len(result.problems)} problems)"
+    console.print(f"{_escape(result.output)}: {verdict}; {len(result.worst)} quantized layers, {kept} kept as they were", soft_wrap=True)
