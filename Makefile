@@ -21,10 +21,12 @@ types: $(READY)
 unit: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-$(READY): pyproject.toml constraints.txt
+# Strict editable mode links every module, so that type checkers follow it; a new file needs a new install.
+$(READY): pyproject.toml constraints.txt $(wildcard formats/*.py stages/*.py stages/*.toml flow/*.py)
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "quantloom needs Python 3.11 or later; run: make PYTHON=/path/to/python3.11")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+		--config-settings editable_mode=strict --editable '.[test]'
 	@touch $@
 
 clean:

@@ -49,11 +49,13 @@ def _client(where: Client | str, budget: Budget, stack: contextlib.ExitStack) ->
         return where
     try:
         if where != "distributed":
-            return stack.enter_context(Client(where, timeout=30, set_as_default=False))
+            client: Client = stack.enter_context(Client(where, timeout=30, set_as_default=False))
+            return client
         # Tasks keep to the budget themselves; Dask's own memory limit cannot see torch's memory and would only interfere.
         cluster = stack.enter_context(
             LocalCluster(n_workers=budget.workers, threads_per_worker=1, memory_limit=None, dashboard_address=None)
         )
-        return stack.enter_context(Client(cluster, set_as_default=False))
+        own: Client = stack.enter_context(Client(cluster, set_as_default=False))
+        return own
     except OSError as error:
         raise SinkError(f"{where}: cannot reach the Dask scheduler: {error}") from error

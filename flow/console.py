@@ -109,7 +109,7 @@ class Display:
         self.bars.start()
         self.task = self.bars.add_task("converting", total=self.total_bytes, **self._fields())
 
-    def _fields(self) -> dict[str, str]:
+    def _fields(self) -> dict[str, Any]:
         memory = f"{show_size(self.process.memory_info().rss)} of {show_size(self.budget.limit)}"
         return {"layers": f"{self.layers}/{self.total_layers}", "memory": memory}
 

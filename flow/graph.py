@@ -45,7 +45,8 @@ def _part_name(part: tuple[int, int]) -> tuple[str, ...]:
 
 
 def _layer_graph(plan: LayerPlan, environment: Environment) -> Graph:
-    name, graph = plan.layer.name, {}
+    name = plan.layer.name
+    graph: Graph = {}
     shared = _shared_scale(plan)
     amaxes = []
     for part in _ranges(plan):

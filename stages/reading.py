@@ -44,7 +44,7 @@ def read_rows(reader: Reader, ref: TensorRef, rows: tuple[int, int], key: str) -
     start, stop = rows
     count = (stop - start) * ref.row_bytes
     buffer = scratch(key, (count,), torch.uint8, torch.device("cpu"))
-    reader.read_into(memoryview(buffer.numpy()), ref.start + start * ref.row_bytes)
+    reader.read_into(buffer.numpy().data, ref.start + start * ref.row_bytes)
     return buffer.view(torch_dtype(ref.dtype)).view(stop - start, math.prod(ref.shape[1:]))
 
 
@@ -76,7 +76,7 @@ class Copy:
                 with Reader(ref.path) as reader:
                     for first, last in row_chunks(whole, 1, work.environment, 1):
                         buffer = scratch("copy", (last - first,), torch.uint8, torch.device("cpu"))
-                        reader.read_into(memoryview(buffer.numpy()), ref.start + first)
+                        reader.read_into(buffer.numpy().data, ref.start + first)
                         yield Chunk(first, buffer, writes=[(output, first, buffer)])
 
         work.stream = stream

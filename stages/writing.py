@@ -63,7 +63,7 @@ class Write:
                     if slot.path not in writers:
                         writers[slot.path] = stack.enter_context(Writer(slot.path + PART_SUFFIX))
                     flat = data.reshape(-1).view(torch.uint8).numpy()
-                    writers[slot.path].write(memoryview(flat), slot.start + offset)
+                    writers[slot.path].write(flat.data, slot.start + offset)
         return work
 
     def memory(self, plan: LayerPlan, environment: Environment) -> int:
