@@ -34,6 +34,9 @@ _TYPES: dict[str, tuple[type, str]] = {
     "block_size": (int, "a whole number above 0"),
     "rotate": (str, "a rotation such as 'hadamard:256'"),
     "rounding": (str, "a rounding such as 'mse'"),
+    "full_precision_matmul": (bool, "true or false"),
+    "input_scale": (float, "a number such as 1.0"),
+    "heuristics": (bool, "true or false"),
     "skip": (bool, "true or false"),
 }
 """Every setting, its type, and how a message calls it."""
@@ -45,7 +48,8 @@ class Rule:
 
     pattern: str
     settings: Mapping[str, object] = field(hash=False)
-    """Some of format, scaling, block_size, rotate, rounding, skip."""
+    """Some of format, scaling, block_size, rotate, rounding, full_precision_matmul, input_scale,
+    heuristics (whether the layer stays when it is small or elongated), skip."""
     order: int = 0
     """Place in the file; the first wins a tie."""
 
@@ -67,7 +71,7 @@ class Rule:
     @property
     def overrides(self) -> dict[str, object]:
         """The settings that remain for a layer that is quantized."""
-        return {name: value for name, value in self.settings.items() if name != "skip"}
+        return {name: value for name, value in self.settings.items() if name not in ("skip", "heuristics")}
 
     def to_dict(self) -> dict[str, Any]:
         return {"pattern": self.pattern, "settings": dict(self.settings), "order": self.order}

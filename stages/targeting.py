@@ -15,6 +15,7 @@ Every layer that stays has its reason in words.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +36,7 @@ from .presets import Preset, detect_preset, find_preset
 from .rules import Rule, compile_pattern, match_rules, nearest_names
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
 
 @dataclass(frozen=True)
@@ -86,8 +87,8 @@ class Targeting:
     exclude: str | None = None
     """Pattern: layers that it finds are not."""
     rules: tuple[Rule, ...] = ()
-    fallback: str | None = None
-    """Format of layers that ``exclude`` or the preset would keep; None: they stay."""
+    fallback: str | Mapping[str, object] | None = field(default=None, hash=False)
+    """Format, or settings as a rule has them, of layers that ``exclude`` or the preset would keep; None: they stay."""
     heuristics: bool = False
     """Whether small and elongated layers stay."""
 
@@ -98,7 +99,10 @@ class Targeting:
             pattern = getattr(self, what)
             if pattern is not None:
                 compile_pattern(pattern, what)
-        if self.fallback is not None:
+        if isinstance(self.fallback, Mapping):
+            if "format" not in Rule(".*", self.fallback).settings:
+                raise UsageError(f"fallback {dict(self.fallback)!r} names no format")
+        elif self.fallback is not None:
             format_info(self.fallback)
 
     def to_dict(self) -> dict[str, Any]:
@@ -208,7 +212,7 @@ class _Judge:
         if rule and rule.skips:
             return f"rule {rule.pattern!r}", {}
         if rule and rule.decides:
-            return None, settings
+            return (awkward(candidate.shape) if rule.settings.get("heuristics") else None), settings
         if self.included and not self.included(candidate.name):
             return f"not in include {self.targeting.include!r}", {}
         by_name = name_rule(candidate.name, candidate.shape)
@@ -217,7 +221,8 @@ class _Judge:
             if self.targeting.fallback is None or (by_name and by_name.kind in (NORM, EMBEDDING, ROUTER)):
                 return reason, {}
             own = {key: value for key, value in settings.items() if key == "rounding"}
-            return None, {**own, "format": self.targeting.fallback}
+            fallback = self.targeting.fallback
+            return None, {**own, **(fallback if isinstance(fallback, Mapping) else {"format": fallback})}
         if by_name:
             return by_name.reason, {}
         reason = awkward(candidate.shape) if self.targeting.heuristics else None
