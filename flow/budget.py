@@ -20,6 +20,11 @@ CUDA_CHUNK_BYTES = 64 << 20
 CUDA_TASKS = 6
 """Tasks at a time on one GPU: while some read and write, one computes."""
 _SMALLEST_CHUNK = 64 << 10
+_CGROUPS = (
+    (Path("/sys/fs/cgroup"), "memory.max", "memory.current"),
+    (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes"),
+)
+"""Where a container's own limit stands: (folder, file of the limit, file of the use), version 2 and 1."""
 
 
 @dataclass(frozen=True)
@@ -51,18 +56,28 @@ def cores() -> int:
 
 
 def free_memory() -> int:
-    """Bytes that this process can still have: of the machine or of its container, whichever is less."""
+    """Bytes that this process can still have: of the machine or of its container, whichever is less.
+
+    A container's use counts cached file pages too, which the kernel gives back on demand: a run that reads gigabytes
+    would otherwise see its own reading as memory that is gone.
+    """
     free = psutil.virtual_memory().available
-    for limit_file, used_file in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
+    for folder, limit_name, used_name in _CGROUPS:
         try:
-            limit, used = (int(Path(name).read_text()) for name in (limit_file, used_file))
+            limit, used = (int((folder / name).read_text()) for name in (limit_name, used_name))
         except (OSError, ValueError):
             continue
-        free = min(free, max(0, limit - used))
+        free = min(free, max(0, limit - max(0, used - _cached_bytes(folder))))
     return free
+
+
+def _cached_bytes(group: Path) -> int:
+    """File pages that a container's use counts."""
+    try:
+        words = (line.split() for line in (group / "memory.stat").read_text().splitlines())
+        return sum(int(count) for name, count in words if name in ("active_file", "inactive_file"))
+    except (OSError, ValueError):
+        return 0
 
 
 def make_budget(layers: Sequence[LayerPlan], run: Run, run_id: str) -> Budget:
@@ -76,17 +91,18 @@ def make_budget(layers: Sequence[LayerPlan], run: Run, run_id: str) -> Budget:
     on_cuda = run.device.startswith("cuda")
     environment = Environment(run_id, run.device, CUDA_CHUNK_BYTES if on_cuda else CPU_CHUNK_BYTES)
     most = run.workers or (CUDA_TASKS if on_cuda else cores())
+    own = base if run.scheduler == "distributed" else 0  # workers of a local cluster are processes like this one
     while True:
         hungriest = max(layers, key=lambda layer: layer.peak_bytes(environment), default=None)
-        need = hungriest.peak_bytes(environment) if hungriest else 0
+        need = own + (hungriest.peak_bytes(environment) if hungriest else 0)
         if base + need <= limit or environment.chunk_bytes <= _SMALLEST_CHUNK:
             break
         environment = replace(environment, chunk_bytes=environment.chunk_bytes // 2)
     if hungriest is not None and base + need > limit:
         raise PlanError(
-            f"{hungriest.layer.name} needs {show_size(need)} at a time, beside {show_size(base)} that the process itself "
-            f"holds: {show_size(base + need)} do not fit in the memory budget of {show_size(limit)}; raise --memory"
+            f"{hungriest.layer.name} needs {show_size(need)} at a time, beside {show_size(base)} that the process "
+            f"itself holds: {show_size(base + need)} do not fit in the memory budget of {show_size(limit)}; "
+            "raise --memory"
         )
     workers = max(1, min(most, (limit - base) // max(1, need)))
-    threads = 1 if on_cuda else max(1, cores() // workers)
-    return Budget(limit, base, need, workers, replace(environment, threads=threads))
+    return Budget(limit, base, need, workers, environment)

@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..formats.errors import QuantloomError, UsageError
-from .sizes import show_seconds, show_size
+from .sizes import count, show_seconds, show_size
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress as Bars
+    from rich.table import Table
 
+    from ..formats.registry import FormatInfo
     from ..stages.work import Receipt
     from .budget import Budget
     from .inspect import Inspection
@@ -23,15 +25,27 @@ if TYPE_CHECKING:
     from .report import Report
     from .verify import Verification
 
+PIPE_WIDTH = 400
+"""Columns of a table that goes into a file or another program."""
+
 PLAIN_SECONDS = 10.0
 """Without a terminal, a line of progress this often."""
+
+
+class _StderrHandler(logging.Handler):
+    """Lines on whatever stderr is at that moment: a live display puts itself in its place."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        sys.stderr.write(f"{record.levelname} {record.name}: {record.getMessage()}\n")
 
 
 def setup_logging(verbosity: int) -> None:
     """-1 quiet: errors; 0: warnings; 1: what is done; 2: everything."""
     level = {-1: logging.ERROR, 0: logging.WARNING, 1: logging.INFO}.get(verbosity, logging.DEBUG)
-    logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-    logging.getLogger("quantloom").setLevel(level)
+    root = logging.getLogger()
+    if not any(isinstance(handler, _StderrHandler) for handler in root.handlers):
+        root.addHandler(_StderrHandler())
+    root.setLevel(level)
     if level > logging.DEBUG:
         for noisy in ("distributed", "asyncio"):
             logging.getLogger(noisy).setLevel(logging.ERROR)
@@ -45,13 +59,13 @@ def stderr() -> Console:
 
 
 def stdout() -> Console:
-    """The console for results."""
+    """The console for results; tables are as wide as they need to be where nobody sees the end of a line."""
     from rich.console import Console
 
-    return Console(highlight=False)
+    return Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
 
 
-def guarded(action: Callable[[], int]) -> int:
+def guarded(action: Callable[[], int], stopped: str = "stopped") -> int:
     """Runs a command; errors become one message on stderr. 0 done, 1 the work failed, 2 wrong usage."""
     from rich.text import Text
 
@@ -64,7 +78,7 @@ def guarded(action: Callable[[], int]) -> int:
         stderr().print(Text("error: ", "bold red") + Text(str(error)))
         return 1
     except KeyboardInterrupt:
-        stderr().print(Text("stopped: what had been written was removed; nothing was left under the output's name", "bold red"))
+        stderr().print(Text(stopped, "bold red"))
         return 1
     except BrokenPipeError:  # a reader such as head went away
         sys.stderr.close()
@@ -95,8 +109,9 @@ class Display:
         if self.console.is_terminal:
             self._start_bars()
         else:
-            words = f"{self.total_layers} layers, {show_size(self.total_bytes)}, {budget.workers} tasks at a time"
-            self.console.print(f"converting {words}, memory budget {show_size(budget.limit)}")
+            words = f"{count(self.total_layers, 'layer')}, {show_size(self.total_bytes)}"
+            tasks = f"{count(budget.workers, 'task')} at a time, memory budget {show_size(budget.limit)}"
+            self.console.print(f"converting {words}, {tasks}")
 
     def _start_bars(self) -> None:
         from rich import progress
@@ -104,7 +119,8 @@ class Display:
         self.bars = progress.Progress(
             progress.TextColumn("{task.description}"), progress.BarColumn(), progress.TaskProgressColumn(),
             progress.DownloadColumn(), progress.TransferSpeedColumn(), progress.TimeRemainingColumn(),
-            progress.TextColumn("{task.fields[layers]} layers, {task.fields[memory]}"), console=self.console, transient=True,
+            progress.TextColumn("{task.fields[layers]} layers, {task.fields[memory]}"),
+            console=self.console, transient=True,
         )  # fmt: skip
         self.bars.start()
         self.task = self.bars.add_task("converting", total=self.total_bytes, **self._fields())
@@ -158,69 +174,85 @@ def print_json(value: Any) -> None:
     print(json.dumps(value, indent=2))
 
 
-def print_plan(plan: Plan, budget: Budget) -> None:
-    """Layers by format and what is kept, then the totals."""
+def _table(*headings: str) -> Table:
+    """Columns that fold long words; those whose heading begins with ``>`` are short and stand to the right."""
     from rich.table import Table
 
+    table = Table(header_style="bold")
+    for heading in headings:
+        if heading.startswith(">"):
+            table.add_column(heading[1:], justify="right", no_wrap=True)
+        else:
+            table.add_column(heading, overflow="fold")
+    return table
+
+
+def print_plan(plan: Plan, budget: Budget) -> None:
+    """Layers by format and what is kept, then the totals."""
     console = stdout()
-    table = Table("layer", "shape", "becomes", header_style="bold")
-    for heading in ("before", "after"):
-        table.add_column(heading, justify="right")
+    table = _table("layer", ">shape", "becomes", ">before", ">after")
     for layer in plan.layers:
         if not layer.format and not layer.reason:
             continue
         what = layer.format or f"[dim]kept: {_escape(layer.reason)}[/]"
         shape = " x ".join(str(size) for size in layer.layer.weight.shape)
-        table.add_row(_escape(layer.layer.name), shape, what, show_size(layer.layer.nbytes), show_size(layer.nbytes_out))
+        sizes = show_size(layer.layer.nbytes), show_size(layer.nbytes_out)
+        table.add_row(_escape(layer.layer.name), shape, what, *sizes)
     console.print(table)
     console.print(_escape(plan.explain(budget.workers)), soft_wrap=True)
     parts = f"{show_size(budget.base)} for the process, {budget.workers} x {show_size(budget.task_bytes)} for tasks"
-    console.print(f"memory   at most {show_size(budget.peak_bytes)} ({parts}); budget {show_size(budget.limit)}", soft_wrap=True)
+    total = f"at most {show_size(budget.peak_bytes)} ({parts}); budget {show_size(budget.limit)}"
+    console.print(f"memory   {total}", soft_wrap=True)
 
 
 def print_inspection(found: Inspection, every_layer: bool) -> None:
     """Sizes and formats, metadata, and with ``every_layer`` a row for each."""
-    from rich.table import Table
-
     console = stdout()
-    console.print(f"{_escape(found.path)}: {len(found.files)} files, {len(found.layers)} layers, {show_size(found.nbytes)}", soft_wrap=True)
-    table = Table("stored as", header_style="bold")
-    for heading in ("layers", "weights", "bytes", "bits/weight"):
-        table.add_column(heading, justify="right")
-    for name, (count, size, weights) in found.formats.items():
+    total = f"{count(len(found.files), 'file')}, {count(len(found.layers), 'layer')}, {show_size(found.nbytes)}"
+    console.print(f"{_escape(found.path)}: {total}", soft_wrap=True)
+    table = _table("stored as", ">layers", ">weights", ">bytes", ">bits/weight")
+    for name, (layers, size, weights) in found.formats.items():
         bits = f"{size * 8 / weights:.2f}" if weights else "-"
-        table.add_row(name, str(count), f"{weights / 1e6:.2f} M", show_size(size), bits)
+        table.add_row(name, str(layers), f"{weights / 1e6:.2f} M", show_size(size), bits)
     console.print(table)
-    for name, dialect_count in found.dialects.items():
-        console.print(f"dialect {name}: {dialect_count} quantized layers")
+    for name, layers in found.dialects.items():
+        console.print(f"dialect {name}: {count(layers, 'quantized layer')}")
     for key, value in found.metadata.items():
         shown = value if len(value) <= 200 else f"{value[:200]}... ({len(value)} characters)"
         console.print(f"metadata {_escape(key)}: {_escape(shown)}", soft_wrap=True)
     for problem in found.problems:
         console.print(f"[yellow]warning:[/] {_escape(problem)}", soft_wrap=True)
     if every_layer:
-        rows = Table("layer", "shape", "stored as", header_style="bold")
+        rows = _table("layer", ">shape", "stored as", ">bytes")
         for layer in found.layers:
-            rows.add_row(_escape(layer["name"]), str(layer["shape"]), layer["format"])
+            shape = " x ".join(map(str, layer["shape"]))
+            rows.add_row(_escape(layer["name"]), shape, layer["format"], show_size(layer["bytes"]))
         console.print(rows)
 
 
 def print_verification(result: Verification, most: int) -> None:
     """Worst layers, problems, and the verdict."""
-    from rich.table import Table
-
     console = stdout()
-    table = Table("layer", "format", header_style="bold")
-    table.add_column("relative error", justify="right")
+    table = _table("layer", "format", ">relative error")
     for layer in result.worst[:most]:
         table.add_row(_escape(layer.name), layer.format, f"{layer.error:.5f}")
     if result.worst:
-        console.print(f"Worst {min(most, len(result.worst))} of {len(result.worst)} quantized layers:")
+        console.print(f"Worst {min(most, len(result.worst))} of {count(len(result.worst), 'quantized layer')}:")
         console.print(table)
     for problem in result.problems:
         console.print(f"[red]broken:[/] {_escape(problem)}", soft_wrap=True)
     for name in result.unknown:
         console.print(f"[yellow]warning:[/] {_escape(name)}: not in the source", soft_wrap=True)
     kept = len(result.layers) - len(result.worst)
-    verdict = "sound" if result.ok else f"BROKEN ({len(result.problems)} problems)"
-    console.print(f"{_escape(result.output)}: {verdict}; {len(result.worst)} quantized layers, {kept} kept as they were", soft_wrap=True)
+    verdict = "sound" if result.ok else f"BROKEN ({count(len(result.problems), 'problem')})"
+    layers = f"{count(len(result.worst), 'quantized layer')}, {kept} kept as they were"
+    console.print(f"{_escape(result.output)}: {verdict}; {layers}", soft_wrap=True)
+
+
+def print_formats(formats: Iterable[FormatInfo]) -> None:
+    """What can be written, where it runs, and who loads it."""
+    table = _table("format", "scalings", ">bits", "runs natively on", "loaded by")
+    for info in formats:
+        scalings = ", ".join(info.scalings) + (f" of {info.group_size}" if info.group_size else "")
+        table.add_row(info.name, scalings, f"{info.bits:g}", info.hardware, info.loaded_by)
+    stdout().print(table)

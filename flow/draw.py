@@ -1,6 +1,6 @@
 """Drawings of a plan's graph. Equal chains are drawn once: a picture of 70,000 nodes shows nothing.
 
-SVG is written directly, since graphviz needs a program that pip cannot install; ``.dot`` files are for those who have it.
+SVG is written directly, since graphviz needs a program that pip cannot install; ``.dot`` is for those who have it.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ def _svg(plan: Plan) -> str:
                 rows.append(f'<path d="M{x - _GAP} {y + 18}H{x - 5}" stroke="#334155" marker-end="url(#arrow)"/>')
     height = 20 + len(_chains(plan)) * _ROW
     head = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" font-family="sans-serif" font-size="13">'
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
+        'font-family="sans-serif" font-size="13">'
         '<defs><marker id="arrow" viewBox="0 0 6 6" refX="5" refY="3" markerWidth="6" markerHeight="6" orient="auto">'
         '<path d="M0 0L6 3L0 6z" fill="#334155"/></marker></defs>'
     )

@@ -5,21 +5,25 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ..formats.errors import QuantloomError, SinkError
+from ..formats.errors import SinkError, UsageError
 from ..stages.work import Receipt, cancel, forget
 from .budget import Budget, make_budget
-from .graph import Graph, Key, submission
+from .graph import Graph, Key, Results, submission
 from .plan import Plan
+from .recipe import Run
 from .report import Report, make_report
-from .sink import abort, check_output, commit, prepare
+from .sink import check_output, open_sink
 
 if TYPE_CHECKING:
     from distributed import Client
 
 _log = logging.getLogger(__name__)
+
+_WAIT_SECONDS = 0.5
+"""Ctrl-C waits this long at most: Windows does not interrupt a lock that waits for ever."""
 
 
 class Progress(Protocol):
@@ -49,25 +53,25 @@ def run_plan(plan: Plan, client: Client | str | None = None, progress: Progress 
     """Converts. Raises QuantloomError (or KeyboardInterrupt) with the parts removed and nothing under a final name."""
     watcher = progress or Silent()
     began = time.perf_counter()
+    scheduler = client if client is not None else plan.recipe.run.scheduler
+    if scheduler in ("threads", "sync"):
+        _check_device(plan.recipe.run)
     check_output(plan)
     run_id = f"{plan.digest[:16]}-{time.monotonic_ns()}"
-    scheduler = client if client is not None else plan.recipe.run.scheduler
     budget = make_budget(plan.layers, plan.recipe.run, run_id)
     graph, keys = submission(plan.layers, budget.environment)
     _log.info("%d tasks, %d at a time, chunks of %d bytes", len(graph), budget.workers, budget.environment.chunk_bytes)
     receipts: list[Receipt] = []
     try:
-        prepare(plan)
-        watcher.start(plan, budget)
-        with _torch_threads():
-            for done in _schedule(scheduler, graph, keys, budget):
+        with open_sink(plan), _torch_threads(), closing(_schedule(scheduler, graph, keys, budget)) as results:
+            watcher.start(plan, budget)
+            for done in results:
                 receipts += done
                 watcher.advance(done)
-        commit(plan)
-    except BaseException:
-        cancel(run_id)
-        abort(plan)
-        raise
+    except (OSError, RuntimeError, MemoryError) as error:
+        if (known := _known(error)) is None:
+            raise
+        raise known from error
     finally:
         watcher.stop()
         forget(run_id)
@@ -87,7 +91,18 @@ def _torch_threads() -> Iterator[None]:
         torch.set_grad_enabled(grad)
 
 
-def _schedule(scheduler: Client | str, graph: Graph, keys: list[Key], budget: Budget) -> Iterator[list[Receipt]]:
+def _check_device(run: Run) -> None:
+    """UsageError for a CUDA device that this machine does not have."""
+    if run.device == "cpu":
+        return
+    import torch
+
+    count, wanted = torch.cuda.device_count(), int(run.device.partition(":")[2] or 0)
+    if wanted >= count:
+        raise UsageError(f"device {run.device!r} is not there: torch {torch.__version__} finds {count} CUDA devices")
+
+
+def _schedule(scheduler: Client | str, graph: Graph, keys: list[Key], budget: Budget) -> Results:
     """Results of the keys as they come."""
     if scheduler == "sync":
         return _local(graph, keys, budget, workers=0)
@@ -98,7 +113,7 @@ def _schedule(scheduler: Client | str, graph: Graph, keys: list[Key], budget: Bu
     return run_distributed(scheduler, graph, keys, budget)
 
 
-def _local(graph: Graph, keys: list[Key], budget: Budget, workers: int) -> Iterator[list[Receipt]]:
+def _local(graph: Graph, keys: list[Key], budget: Budget, workers: int) -> Results:
     """Dask's own threaded or synchronous scheduler; results are handed over as tasks finish.
 
     The scheduler runs beside the caller's thread, which therefore stays free for Ctrl-C. Leaving early (an error, an
@@ -138,21 +153,26 @@ def _local(graph: Graph, keys: list[Key], budget: Budget, workers: int) -> Itera
     thread = threading.Thread(target=drive, name="quantloom-scheduler", daemon=True)
     thread.start()
     try:
-        while (item := results.get()) is not None:
+        while True:
+            try:
+                item = results.get(timeout=_WAIT_SECONDS)
+            except queue.Empty:
+                continue
+            if item is None:
+                return
             if isinstance(item, BaseException):
-                raise _known(item)
+                raise item
             yield item
     finally:
         cancel(budget.environment.run_id)
         thread.join()
 
 
-def _known(error: BaseException) -> BaseException:
-    """The error itself, or the same with a way out when it comes from below."""
-    if isinstance(error, QuantloomError | KeyboardInterrupt):
-        return error
-    if isinstance(error, MemoryError):
-        return SinkError(f"out of memory: {error}; lower --memory or --workers")
+def _known(error: Exception) -> SinkError | None:
+    """An error of the system or of torch with a way out, where there is one."""
+    text = str(error) or type(error).__name__
+    if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
+        return SinkError(f"out of memory: {text.splitlines()[0]}; lower --memory or --workers")
     if isinstance(error, OSError):
         return SinkError(f"{error.filename or 'file system'}: {error.strerror or error}")
-    return error
+    return None

@@ -7,7 +7,7 @@ amax nodes meet in a scale node, whose one number all ranges use.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
 
 from dask._task_spec import GraphNode, List, Task, TaskRef
@@ -21,6 +21,8 @@ BATCH_BYTES = 64 << 20
 
 Key = tuple[str, ...]
 Graph = dict[Key, GraphNode]
+Results = Generator[list[Receipt], None, None]
+"""Receipts of each task of a running graph, as it finishes."""
 
 
 def receipt_keys(plan: LayerPlan) -> list[Key]:

@@ -29,7 +29,8 @@ class Inspection:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
-        formats = {name: dict(zip(("layers", "bytes", "weights"), row, strict=True)) for name, row in self.formats.items()}
+        columns = ("layers", "bytes", "weights")
+        formats = {name: dict(zip(columns, row, strict=True)) for name, row in self.formats.items()}
         return {
             "path": self.path, "files": list(self.files), "bytes": self.nbytes, "metadata": self.metadata,
             "dialects": self.dialects, "formats": formats, "layers": list(self.layers), "problems": list(self.problems),
@@ -37,13 +38,15 @@ class Inspection:
 
 
 def describe(layer: Layer) -> str:
-    """``nvfp4 group 16``, ``int8 row rotated 256``, or the dtype of plain numbers."""
+    """``nvfp4``, ``fp8 block 128``, ``int8 row rotated 256`` as in plans, or the dtype of plain numbers."""
     if layer.encoding is None:
         return layer.weight.dtype
     name, scaling, size = layer.encoding.format
-    words = [name, scaling] if layer.encoding.scales is not None else [name, "without scale"]
-    if size:
-        words.append(str(size))
+    words = [name]
+    if layer.encoding.scales is None:
+        words.append("without scale")
+    elif scaling != "group":
+        words += [scaling, *([str(size)] if size else [])]
     if layer.encoding.rotation:
         words += ["rotated", str(layer.encoding.rotation)]
     return " ".join(words)

@@ -27,8 +27,8 @@ Paths = str | os.PathLike[str] | list[str | os.PathLike[str]] | tuple[str | os.P
 class Pipeline:
     """A conversion that is put together verb by verb; every verb returns a new pipeline.
 
-    ``Pipeline().read(src).quantize("mxfp8").write(dst)`` is a whole program. Verbs beside ``read`` and ``write`` are the
-    registered stages (``target``, ``quantize`` ...), with their fields as keyword arguments.
+    ``Pipeline().read(src).quantize("mxfp8").write(dst)`` is a whole program. Verbs beside ``read`` and ``write`` are
+    the registered stages (``target``, ``quantize`` ...), with their fields as keyword arguments.
 
     Args:
         memory: What the process may use, in bytes or as ``"8GB"``; by default half of what is free.
@@ -36,6 +36,8 @@ class Pipeline:
         device: ``cpu``, ``cuda`` or ``cuda:<index>``.
         scheduler: ``threads``, ``sync``, ``distributed`` or the address of a Dask scheduler.
     """
+
+    __slots__ = ("_recipe",)
 
     def __init__(self, *, memory: int | str | None = None, workers: int | None = None, device: str = "cpu",
                  scheduler: str = "threads") -> None:  # fmt: skip
@@ -165,7 +167,7 @@ class Flow:
         return make_plan(self.recipe)
 
     def visualize(self, path: str | os.PathLike[str]) -> Path:
-        """Draws the stage graph: equal chains once, with their number of layers, into an .svg; all nodes into a .dot."""
+        """Draws the stage graph: equal chains once, with their number, into an .svg; every node into a .dot."""
         from .draw import draw
 
         return draw(self.plan, Path(path))

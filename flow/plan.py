@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from .. import __version__
 from ..formats.comfy import HEADER_KEY, header_entry
-from ..formats.errors import PlanError, UsageError
+from ..formats.errors import CheckpointError, PlanError, UsageError
 from ..formats.fileio import same_file
 from ..formats.layers import Layer, group_layers
-from ..formats.shards import Shard, is_single_file, lay_out, stem_of
+from ..formats.shards import Shard, lay_out, stem_of
 from ..formats.source import Source, open_source
 from ..formats.tensors import Slot
 from ..stages.keeping import keep
@@ -26,7 +26,7 @@ from .budget import Budget
 from .estimate import estimate_seconds
 from .parts import split_large
 from .recipe import Output, Recipe
-from .sizes import show_seconds, show_size
+from .sizes import count, show_seconds, show_size
 
 ENTRY = "quantloom"
 """Header entry with version, recipe and plan digest."""
@@ -85,30 +85,30 @@ class Plan:
             for layer in self.layers
         ]  # fmt: skip
         return {
-            "source": list(self.recipe.source), "digest": self.digest, "bytes_in": self.nbytes_in, "bytes_out": self.nbytes_out,
+            "source": list(self.recipe.source), "digest": self.digest,
+            "bytes_in": self.nbytes_in, "bytes_out": self.nbytes_out,
             "files": [{"path": shard.path, "bytes": shard.size} for shard in self.shards],
             "peak_memory_bytes": budget.peak_bytes, "workers": budget.workers, "memory_budget_bytes": budget.limit,
             "estimated_seconds": estimate_seconds(self.layers, self.recipe.run, budget.workers),
-            "formats": dict(self.formats), "kept": dict(self.kept), "notes": list(self.notes), "warnings": list(self.warnings),
-            "layers": layers,
+            "formats": dict(self.formats), "kept": dict(self.kept),
+            "notes": list(self.notes), "warnings": list(self.warnings), "layers": layers,
         }  # fmt: skip
 
     def explain(self, workers: int | None = None) -> str:
         """What would happen, as text."""
-        lines = [
-            f"source   {', '.join(self.recipe.source)}  ({len(self.source.files)} files, {len(self.layers)} layers, "
-            f"{show_size(self.nbytes_in)})",
-            f"output   {self.output.path}  ({len(self.shards)} files, {show_size(self.nbytes_out)}, dialect {self.output.dialect})",
-        ]
-        for name, count in sorted(self.formats.items()):
+        files, layers = count(len(self.source.files), "file"), count(len(self.layers), "layer")
+        found = f"{files}, {layers}, {show_size(self.nbytes_in)}"
+        made = f"{count(len(self.shards), 'file')}, {show_size(self.nbytes_out)}, dialect {self.output.dialect}"
+        lines = [f"source   {', '.join(self.recipe.source)}  ({found})", f"output   {self.output.path}  ({made})"]
+        for name, number in sorted(self.formats.items()):
             chosen = [layer for layer in self.quantized if layer.format == name]
-            before, after = (sum(sizes) for sizes in zip(*((p.layer.nbytes, p.nbytes_out) for p in chosen), strict=True))
-            lines.append(f"quantize {count:6d} layers to {name}: {show_size(before)} -> {show_size(after)}")
-        for reason, count in self.kept.most_common():
-            lines.append(f"keep     {count:6d} layers: {reason}")
+            before, after = sum(layer.layer.nbytes for layer in chosen), sum(layer.nbytes_out for layer in chosen)
+            lines.append(f"quantize {count(number, 'layer'):>12} to {name}: {show_size(before)} -> {show_size(after)}")
+        lines += [f"keep     {count(number, 'layer'):>12}: {reason}" for reason, number in self.kept.most_common()]
         rest = sum(1 for layer in self.layers if not layer.format and not layer.reason)
-        lines.append(f"copy     {rest:6d} other tensors (biases, one-dimensional and non-linear ones)")
-        lines.append(f"estimate {show_seconds(estimate_seconds(self.layers, self.recipe.run, workers))}")
+        lines.append(f"copy     {count(rest, 'tensor'):>12}: biases and the like")
+        seconds = estimate_seconds(self.layers, self.recipe.run, workers)
+        lines.append(f"estimate {show_seconds(seconds) if seconds >= 1 else 'under a second'}")
         lines += [f"note     {note}" for note in self.notes] + [f"warning  {text}" for text in self.warnings]
         return "\n".join(lines)
 
@@ -123,12 +123,14 @@ def make_plan(recipe: Recipe, keep_reasons: Mapping[str, str] | None = None) -> 
     assert recipe.output is not None
     forced = keep_reasons or {}
     layers = [keep(plan.layer, forced[plan.layer.name]) if plan.layer.name in forced else plan for plan in layers]
-    _refuse_same_file(source, recipe.output)
+    if not any(layer.format for layer in layers):
+        raise PlanError(f"nothing is left to quantize: all {len(forced)} layers hold NaN or Inf")
     digest = _digest(recipe, source, forced)
     metadata = _metadata(recipe, source, layers, digest)
     groups = [layer.outputs for layer in layers]
     stem = stem_of(source.files)
     shards = lay_out(groups, recipe.output.path, recipe.output.shard_bytes, metadata, stem)
+    _refuse_same_file(source, recipe.output, shards)
     slots = {slot.name: slot for shard in shards for slot in shard.slots}
     placed = tuple(split_large(replace(layer, slots=_slots(layer, slots))) for layer in layers)
     return Plan(recipe, source, placed, tuple(shards), digest, tuple(context.notes), tuple(context.warnings))
@@ -145,10 +147,22 @@ def plan_layers(recipe: Recipe) -> tuple[Source, list[LayerPlan], Context]:
     where = recipe.source[0] if len(recipe.source) == 1 else list(recipe.source)
     source = open_source(where)
     context = Context()
-    layers = [keep(layer, _first_reason(layer)) for layer in group_layers(source)]
+    found = group_layers(source)
+    _refuse_shared_names(found)
+    layers = [keep(layer, _first_reason(layer)) for layer in found]
     for stage in _with_target(recipe.stages):
         layers = stage.plan(layers, context)
     return source, layers, context
+
+
+def _refuse_shared_names(layers: Sequence[Layer]) -> None:
+    """Layers are told apart by name in graph and report; of ``a`` beside ``a.weight`` only one would be written."""
+    seen: dict[str, Layer] = {}
+    for layer in layers:
+        other = seen.setdefault(layer.name, layer)
+        if other is not layer:
+            names = f"{other.weight.name!r} and {layer.weight.name!r}"
+            raise CheckpointError(f"{layer.tensors[0].path}: tensors {names} share the name of a layer: rename one")
 
 
 def _with_target(stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
@@ -165,12 +179,16 @@ def _slots(layer: LayerPlan, slots: dict[str, Slot]) -> tuple[Slot, ...]:
     return tuple(slots[spec.name] for spec in layer.outputs)
 
 
-def _refuse_same_file(source: Source, output: Output) -> None:
+def _refuse_same_file(source: Source, output: Output, shards: Sequence[Shard]) -> None:
+    """The input is not written over, by whatever path or link the output leads to it."""
+    folders = {source.root, *(path.parent for path in source.files)}
+    if os.path.isdir(output.path) and any(same_file(folder, output.path) for folder in folders):
+        raise PlanError(f"{output.path}: input and output are the same folder; write to another one")
+    targets = [path for path in {output.path, *(shard.path for shard in shards)} if os.path.exists(path)]
     for path in source.files:
-        if same_file(path, output.path) or same_file(path.parent, output.path):
-            raise PlanError(f"{output.path}: input and output are the same; write somewhere else")
-        if is_single_file(output.path) and path.resolve() == Path(output.path).resolve():
-            raise PlanError(f"{output.path}: input and output are the same file; write somewhere else")
+        for target in targets:
+            if same_file(path, target):
+                raise PlanError(f"{target}: input and output are the same file; write somewhere else")
 
 
 def _digest(recipe: Recipe, source: Source, forced: Mapping[str, str]) -> str:

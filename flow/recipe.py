@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..formats.errors import UsageError, did_you_mean
-from ..stages.stage import VERBS, Stage, make_stage
+from ..stages.stage import VERBS, Stage, check_types, make_stage
+from .sizes import parse_size
 
 RECIPE_VERSION = 1
 DIALECTS = ("comfy",)
@@ -32,6 +33,9 @@ class Output:
     """Replace an existing output, once the new one is complete."""
 
     def __post_init__(self) -> None:
+        check_types("output", Output, vars(self))
+        if not self.path:
+            raise UsageError("the path of the output is empty")
         if self.dialect not in DIALECTS:
             raise UsageError(f"unknown dialect {self.dialect!r}{did_you_mean(self.dialect, DIALECTS)}")
         if self.shard_bytes is not None and self.shard_bytes < 1:
@@ -52,6 +56,7 @@ class Run:
     """threads, sync, distributed (a local cluster), or the address of a Dask scheduler."""
 
     def __post_init__(self) -> None:
+        check_types("run", Run, vars(self))
         if self.scheduler not in SCHEDULERS and "://" not in self.scheduler:
             hint = did_you_mean(self.scheduler, SCHEDULERS)
             raise UsageError(f"unknown scheduler {self.scheduler!r}{hint}; or an address such as tcp://host:8786")
@@ -118,7 +123,7 @@ class Recipe:
         """Raises UsageError for text that is no recipe."""
         try:
             values = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UsageError(f"recipe is not JSON: {error}") from error
         if not isinstance(values, dict):
             raise UsageError("recipe must be a JSON object")
@@ -137,6 +142,9 @@ class Recipe:
 
 T = TypeVar("T", Output, Run)
 
+_SIZES = ("memory", "shard_bytes")
+"""Entries that a recipe written by hand may give as ``8GB``."""
+
 
 def _known(what: str, values: Any, names: tuple[str, ...]) -> None:
     if not isinstance(values, Mapping):
@@ -149,6 +157,7 @@ def _known(what: str, values: Any, names: tuple[str, ...]) -> None:
 def _build(cls: type[T], values: Any) -> T:
     names = tuple(item.name for item in fields(cls))
     _known(cls.__name__.lower(), values, names)
+    values = {name: parse_size(value, name) if name in _SIZES else value for name, value in values.items()}
     try:
         return cls(**values)
     except TypeError as error:

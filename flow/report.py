@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..stages.work import Receipt
 from .plan import Plan
-from .sizes import show_seconds, show_size
+from .sizes import count, show_seconds, show_size
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -28,7 +28,7 @@ class LayerReport:
     nbytes_in: int
     nbytes_out: int
     error: float
-    """Relative Frobenius error ||W' - W|| / ||W||, from one row in 16."""
+    """Relative Frobenius error ||W' - W|| / ||W||, from one row in 64 (more in small layers)."""
     seconds: float
 
 
@@ -64,12 +64,14 @@ class Report:
         """The command that checks the output against the source."""
         import shlex
 
-        return shlex.join(["quantloom", "verify", self.output, "--against", *self.source])
+        against = [word for source in self.source for word in ("--against", source)]
+        return shlex.join(["quantloom", "verify", self.output, *against])
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
         return {
-            "source": list(self.source), "output": self.output, "bytes_in": self.nbytes_in, "bytes_out": self.nbytes_out,
+            "source": list(self.source), "output": self.output,
+            "bytes_in": self.nbytes_in, "bytes_out": self.nbytes_out,
             "ratio": self.ratio, "seconds": self.seconds, "peak_memory_bytes": self.peak_bytes,
             "layers": [vars(layer) for layer in self.layers], "kept": self.kept,
             "notes": list(self.notes), "warnings": list(self.warnings), "verify": self.verify_command,
@@ -81,16 +83,17 @@ class Report:
     def table(self, most: int | None = None) -> Table:
         """Layers by falling error, as a rich table."""
         from rich.table import Table
+        from rich.text import Text
 
         table = Table(title=None, header_style="bold")
         for heading in ("layer", "format"):
             table.add_column(heading, overflow="fold")
         for heading in ("error", "before", "after", "time"):
-            table.add_column(heading, justify="right")
+            table.add_column(heading, justify="right", no_wrap=True)
         for layer in self.worst[:most]:
             table.add_row(
-                layer.name, layer.format, f"{layer.error:.5f}", show_size(layer.nbytes_in), show_size(layer.nbytes_out),
-                show_seconds(layer.seconds),
+                Text(layer.name), Text(layer.format), f"{layer.error:.5f}",
+                show_size(layer.nbytes_in), show_size(layer.nbytes_out), show_seconds(layer.seconds),
             )  # fmt: skip
         return table
 
@@ -99,18 +102,20 @@ class Report:
         rate = self.nbytes_in / 1e9 / self.seconds if self.seconds else 0.0
         lines = [
             f"{self.output}: {show_size(self.nbytes_in)} -> {show_size(self.nbytes_out)} ({self.ratio:.1%}), "
-            f"{len(self.layers)} layers quantized",
+            f"{count(len(self.layers), 'layer')} quantized",
             f"{show_seconds(self.seconds)}, {rate:.2f} GB/s, peak memory {show_size(self.peak_bytes)}",
         ]
-        lines += [f"kept {count} layers: {reason}" for reason, count in self.kept.items()]
+        lines += [f"kept {count(number, 'layer')}: {reason}" for reason, number in self.kept.items()]
         lines.append(f"check it: {self.verify_command}")
         return "\n".join(lines)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        from rich.text import Text
+
         if self.layers:
-            yield f"Worst layers by error (of {len(self.layers)}):"
+            yield Text(f"Worst layers by error (of {len(self.layers)}):")
             yield self.table(WORST_SHOWN)
-        yield self.summary()
+        yield Text(self.summary(), overflow="ignore", no_wrap=True)
 
     def _repr_html_(self) -> str:
         rows = "".join(
@@ -138,8 +143,8 @@ def make_report(plan: Plan, receipts: Sequence[Receipt], seconds: float) -> Repo
             LayerReport(whole.name, whole.format, whole.nbytes_in, whole.nbytes_out, whole.error or 0.0, whole.seconds)
         )
     return Report(
-        plan.recipe.source, plan.output.path, tuple(layers), dict(plan.kept.most_common()), plan.nbytes_in, plan.nbytes_out,
-        seconds, peak_memory(), plan.notes, plan.warnings,
+        plan.recipe.source, plan.output.path, tuple(layers), dict(plan.kept.most_common()),
+        plan.nbytes_in, plan.nbytes_out, seconds, peak_memory(), plan.notes, plan.warnings,
     )  # fmt: skip
 
 

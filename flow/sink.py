@@ -1,41 +1,42 @@
 """The output on disk: parts of their final size, then a commit that makes all of them real, or none.
 
-Shards are written under ``<name>.part``. The commit syncs them, renames them, copies sidecar files and writes the index
-last, so that whoever sees the index sees the whole model.
+Everything is written under ``<name>.part`` first. The commit syncs the parts and renames them, the index last, so that
+whoever sees the index sees the whole model. Where several files replace others, the old ones wait under
+``<name>.previous`` until the last rename and come back when one fails. A run that fails or is stopped removes its parts
+and the folders that it made.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import shutil
+import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
-from ..formats.errors import PlanError, SinkError
+from ..formats.errors import CheckpointError, PlanError, SinkError
 from ..formats.fileio import Writer, create_sparse, free_bytes, replace, sync_dir, sync_file
-from ..formats.shards import index_file, is_single_file
+from ..formats.shards import SUFFIX, index_file, is_single_file, stem_of
 from ..stages.writing import PART_SUFFIX
 from .plan import Plan
 from .sizes import show_size
 
+_PREVIOUS_SUFFIX = ".previous"
 _SPARE_BYTES = 1 << 20
-"""Left free beside the plan's bytes, for index and sidecar files."""
+"""Left free beside the plan's bytes, for the index and the file system's own needs."""
 
 
 def check_output(plan: Plan) -> None:
-    """Refuses, before any work, an output that exists, a folder that cannot be written, and a disk that is too small."""
+    """Refuses, before any work, an output that exists, a place that cannot be one, and a disk that is too small."""
     output = Path(plan.output.path)
-    if not plan.output.overwrite:
-        for path in _final_paths(plan):
-            if path.exists():
-                raise PlanError(f"{path}: exists already; pass --overwrite to replace it, or write somewhere else")
-    if is_single_file(plan.output.path) and output.is_dir():
-        raise PlanError(f"{output}: is a folder; name a file, or a folder without the ending .safetensors")
-    if not is_single_file(plan.output.path) and output.is_file():
-        raise PlanError(f"{output}: is a file; for one file as output, let the name end in .safetensors")
-    folder = _folder(plan)
-    existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
-    free, needed = free_bytes(existing), plan.nbytes_out + _SPARE_BYTES
+    try:
+        _check_kind(plan, output)
+        _check_existing(plan, output)
+        folder = _folder(plan)
+        free, needed = free_bytes(folder), plan.nbytes_out + _sidecar_bytes(plan) + _SPARE_BYTES
+    except OSError as error:
+        raise SinkError(f"{error.filename or output}: cannot be looked at: {error.strerror or error}") from error
     if needed > free:
         raise PlanError(
             f"{folder}: the output needs {show_size(needed)}, but only {show_size(free)} are free there; "
@@ -43,15 +44,69 @@ def check_output(plan: Plan) -> None:
         )
 
 
-def prepare(plan: Plan) -> None:
-    """Creates the parts, with headers and all tensors whose bytes are known already."""
-    folder = _folder(plan)
+@contextlib.contextmanager
+def open_sink(plan: Plan) -> Iterator[None]:
+    """Parts for the time of the block: its end makes them the output, an exception removes them."""
+    folders = _make_folders(plan)
     try:
+        _create_parts(plan)
+        yield
+        _commit(plan)
+    except BaseException:
+        for path in _final_paths(plan):
+            with contextlib.suppress(OSError):
+                _part(path).unlink()
+        for made in folders:
+            with contextlib.suppress(OSError):
+                made.rmdir()
+        raise
+
+
+def _check_kind(plan: Plan, output: Path) -> None:
+    if is_single_file(plan.output.path) and output.is_dir():
+        raise PlanError(f"{output}: is a folder; name a file, or a folder without the ending {SUFFIX}")
+    if not is_single_file(plan.output.path) and output.is_file():
+        raise PlanError(f"{output}: is a file; for one file as output, let the name end in {SUFFIX}")
+    for path in _final_paths(plan):
+        if path.is_dir():
+            raise PlanError(f"{path}: is a folder where a file of the output belongs; write somewhere else")
+
+
+def _check_existing(plan: Plan, output: Path) -> None:
+    """A file that would be replaced needs ``overwrite``; one that would mix with the output is refused."""
+    if not plan.output.overwrite:
+        existing = [path for path in [*_final_paths(plan), *_stale(plan)] if os.path.lexists(path)]
+        if existing:
+            raise PlanError(f"{existing[0]}: exists already; pass --overwrite to replace it, or write somewhere else")
+    if is_single_file(plan.output.path) or not output.is_dir():
+        return
+    known = {path.name for path in [*_final_paths(plan), *_stale(plan)]}
+    if others := sorted(path.name for path in output.glob(f"*{SUFFIX}") if path.name not in known):
+        raise PlanError(
+            f"{output}: holds {others[0]}, which whoever reads this folder would take for a part of the model; "
+            "write to an empty folder"
+        )
+
+
+def _make_folders(plan: Plan) -> list[Path]:
+    """Creates the folder of the output; returns what had to be made, innermost first."""
+    folder = _folder(plan)
+    missing = []
+    try:
+        for place in (folder, *folder.parents):
+            if place.exists():
+                break
+            missing.append(place)
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SinkError(f"{folder}: cannot create the folder: {error.strerror}") from error
+    return missing
+
+
+def _create_parts(plan: Plan) -> None:
+    """Shards with their headers and all tensors whose bytes are known already."""
     for shard in plan.shards:
-        create_sparse(shard.path + PART_SUFFIX, shard.size, shard.head)
+        create_sparse(_part(Path(shard.path)), shard.size, shard.head)
     writers: dict[str, Writer] = {}
     with contextlib.ExitStack() as stack:
         for layer in plan.layers:
@@ -63,34 +118,53 @@ def prepare(plan: Plan) -> None:
                 writers[slot.path].write(content, slot.start)
 
 
-def commit(plan: Plan) -> None:
-    """Makes the output real. Parts are synced before the first is renamed; the index comes last."""
-    folder = _folder(plan)
-    stale = _stale_shards(plan)
-    for shard in plan.shards:
-        sync_file(shard.path + PART_SUFFIX)
-    index = index_file(plan.shards)
-    old_index = _index_path(plan)
-    if old_index is not None:
-        old_index.unlink(missing_ok=True)
-    for shard in plan.shards:
-        replace(shard.path + PART_SUFFIX, shard.path)
-    for path in stale:
-        path.unlink(missing_ok=True)
-    _copy_sidecars(plan)
-    if index is not None:
-        _write_whole(*index)
-    sync_dir(folder)
+def _commit(plan: Plan) -> None:
+    """Makes the output real: everything is on the device before the first name changes."""
+    for source, target in _sidecars(plan):
+        _write_part(target, _sidecar_content(plan, source))
+    if (index := index_file(plan.shards)) is not None:
+        _write_part(*index)
+    paths = _final_paths(plan)
+    for path in paths:
+        sync_file(_part(path))
+    _exchange(paths, _stale(plan))
+    sync_dir(_folder(plan))
 
 
-def abort(plan: Plan) -> None:
-    """Removes the parts; what was there before stays untouched."""
-    for shard in plan.shards:
+def _exchange(paths: list[Path], stale: list[Path]) -> None:
+    """Gives all parts their names in order and removes ``stale``; or puts back what was there, when one fails."""
+    if len(paths) == 1 and not stale:
+        replace(_part(paths[0]), paths[0])  # takes the place of an old file without a moment between
+        return
+    old = [path for path in [*reversed(paths), *stale] if os.path.lexists(path)]
+    moved: list[Path] = []
+    placed: list[Path] = []
+    try:
+        for path in old:
+            replace(path, _previous(path))
+            moved.append(path)
+        for path in paths:
+            replace(_part(path), path)
+            placed.append(path)
+    except BaseException:
+        for path in placed:
+            with contextlib.suppress(OSError):
+                path.unlink()
+        for path in moved:
+            with contextlib.suppress(SinkError):
+                replace(_previous(path), path)
+        raise
+    for path in moved:
         with contextlib.suppress(OSError):
-            Path(shard.path + PART_SUFFIX).unlink()
-    if not is_single_file(plan.output.path):
-        with contextlib.suppress(OSError):
-            _folder(plan).rmdir()  # only when this run made it: a folder that holds anything stays
+            _previous(path).unlink()
+
+
+def _part(path: Path) -> Path:
+    return path.with_name(path.name + PART_SUFFIX)
+
+
+def _previous(path: Path) -> Path:
+    return path.with_name(path.name + _PREVIOUS_SUFFIX)
 
 
 def _folder(plan: Plan) -> Path:
@@ -99,55 +173,64 @@ def _folder(plan: Plan) -> Path:
 
 
 def _final_paths(plan: Plan) -> list[Path]:
+    """Everything that the commit creates, in the order in which it appears."""
     index = index_file(plan.shards)
-    return [Path(shard.path) for shard in plan.shards] + ([index[0]] if index else [])
+    shards = [Path(shard.path) for shard in plan.shards]
+    return [*shards, *(target for _, target in _sidecars(plan)), *([index[0]] if index else [])]
 
 
-def _index_path(plan: Plan) -> Path | None:
-    """Where an index of an earlier output in this folder lies."""
-    if is_single_file(plan.output.path) and plan.output.shard_bytes is None:
-        return None
-    found = sorted(_folder(plan).glob("*.safetensors.index.json")) if _folder(plan).is_dir() else []
-    wanted = index_file(plan.shards)
-    names = {wanted[0].name} if wanted else {path.name.replace(".safetensors", ".safetensors.index.json") for path in _final_paths(plan)}
-    return next((path for path in found if path.name in names), None)
+def _stale(plan: Plan) -> list[Path]:
+    """Files of an earlier output of the same name that the new one does not replace; never a file of the source.
 
-
-def _stale_shards(plan: Plan) -> list[Path]:
-    """Shards that the index of the output being replaced names and the new one does not."""
-    index = _index_path(plan)
-    if index is None:
+    In a folder these are all shards and the index of the same stem; beside a single file only shards that its index
+    names, and only when the output is in shards again: ``flux-00001-of-00003`` beside ``flux`` may be another model.
+    """
+    folder, single = _folder(plan), is_single_file(plan.output.path)
+    if not folder.is_dir() or (single and plan.output.shard_bytes is None):
         return []
+    stem = Path(plan.output.path).name.removesuffix(SUFFIX) if single else stem_of(plan.source.files)
+    index = folder / f"{stem}{SUFFIX}.index.json"
+    found = {index.name, *_shards_of(index)}
+    if not single:
+        pattern = re.compile(re.escape(stem) + r"(-\d{5}-of-\d{5})?" + re.escape(SUFFIX))
+        found |= {path.name for path in folder.iterdir() if pattern.fullmatch(path.name)}
+    kept = {path.name for path in _final_paths(plan)}
+    sources = {path.resolve() for path in plan.source.files}
+    paths = [folder / name for name in sorted(found - kept)]
+    return [path for path in paths if os.path.lexists(path) and not path.is_dir() and path.resolve() not in sources]
+
+
+def _shards_of(index: Path) -> set[str]:
+    """Shards that an index names beside itself; none when it cannot be read."""
     try:
-        shards = set(json.loads(index.read_text())["weight_map"].values())
-    except (OSError, ValueError, KeyError, AttributeError):
-        return []
-    ours = {Path(shard.path).name for shard in plan.shards}
-    names = {name for name in shards if isinstance(name, str) and Path(name).name == name}
-    return [index.with_name(name) for name in sorted(names - ours)]
+        names = json.loads(index.read_text())["weight_map"].values()
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
+        return set()
+    return {name for name in names if isinstance(name, str) and Path(name).name == name and name.endswith(SUFFIX)}
 
 
-def _copy_sidecars(plan: Plan) -> None:
-    """Configuration and tokenizer of a source folder, for a folder output; a quantization that is gone is not declared."""
+def _sidecars(plan: Plan) -> list[tuple[Path, Path]]:
+    """(source, target) of configuration and tokenizer files, for a folder output."""
     if is_single_file(plan.output.path):
-        return
-    for path in plan.source.sidecars:
-        target = _folder(plan) / path.name
-        try:
-            if path.name == "config.json" and plan.source.config and "quantization_config" in plan.source.config:
-                config = {key: value for key, value in plan.source.config.items() if key != "quantization_config"}
-                _write_whole(target, (json.dumps(config, indent=2) + "\n").encode())
-            else:
-                shutil.copyfile(path, target)
-        except OSError as error:
-            raise SinkError(f"{target}: cannot copy {path}: {error.strerror}") from error
+        return []
+    return [(path, _folder(plan) / path.name) for path in plan.source.sidecars]
 
 
-def _write_whole(path: Path, content: bytes) -> None:
-    part = path.with_name(path.name + PART_SUFFIX)
+def _sidecar_bytes(plan: Plan) -> int:
+    return sum(source.stat().st_size for source, _ in _sidecars(plan))
+
+
+def _sidecar_content(plan: Plan, path: Path) -> bytes:
+    """The file as it is; a quantization that is gone is not declared in the configuration."""
+    config = plan.source.config
+    if path.name == "config.json" and config and "quantization_config" in config:
+        kept = {key: value for key, value in config.items() if key != "quantization_config"}
+        return (json.dumps(kept, indent=2, ensure_ascii=False) + "\n").encode()
     try:
-        part.write_bytes(content)
+        return path.read_bytes()
     except OSError as error:
-        raise SinkError(f"{part}: cannot write: {error.strerror}") from error
-    sync_file(part)
-    replace(part, path)
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _write_part(path: Path, content: bytes) -> None:
+    create_sparse(_part(path), len(content), content)

@@ -11,9 +11,9 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "
 
 def parse_size(value: str | int | None, what: str) -> int | None:
     """Bytes of ``8GB``, ``500MiB``, ``2.5G`` or a number; UsageError otherwise."""
-    if value is None or isinstance(value, int):
+    if value is None or (isinstance(value, int) and not isinstance(value, bool)):
         return value
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?)?B?\s*", value, re.IGNORECASE)
+    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([KMGT]I?)?B?\s*", str(value), re.IGNORECASE)
     if not match:
         raise UsageError(f"{what} {value!r} is no size; write for example 8GB or 500MiB")
     return int(float(match[1]) * _UNITS[(match[2] or "").upper()])
@@ -36,3 +36,8 @@ def show_seconds(seconds: float) -> str:
         return f"{seconds:.1f} s"
     minutes = int(seconds // 60)
     return f"{minutes} min {int(seconds % 60):02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def count(number: int, noun: str) -> str:
+    """``1 layer``, ``2 layers``."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

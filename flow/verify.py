@@ -18,10 +18,21 @@ from ..formats.tensors import torch_dtype
 from ..stages.reading import Decode, Read
 from ..stages.work import Environment, LayerPlan, Work
 from .budget import CPU_CHUNK_BYTES, cores
+from .inspect import describe
 from .runner import prepare_thread
 
-ERROR_BOUNDS = {"fp8": 0.06, "fp8_e5m2": 0.12, "int8": 0.25, "mxfp8": 0.06, "nvfp4": 0.18}
-"""Relative errors that no sound file reaches; a wrong layout, nibble order or scale gives 0.6 and more."""
+ERROR_BOUNDS = {"": 0.01, "fp8": 0.06, "fp8_e5m2": 0.12, "int8": 0.25, "mxfp8": 0.06, "nvfp4": 0.18}
+"""Relative errors that no sound layer reaches; a wrong layout, nibble order or scale gives 0.6 and more.
+
+An INT8 layer with outliers may exceed it, by as much as a step of amax / 127 explains."""
+
+WEIGHT_BOUNDS = {
+    "": (2.0**-7, 2.0**-15), "fp8": (0.13, 2.0**-15), "fp8_e5m2": (0.26, 2.0**-15), "int8": (0.0, 1 / 120),
+    "mxfp8": (0.13, 2.0**-15), "nvfp4": (0.4, 2.0**-12),
+}  # fmt: skip
+"""How far a single weight may be off: a share of itself (NVFP4: of the largest of its block) plus a share of the
+largest weight of the layer. That is a whole step of the format's grid and its smallest step, so that one flipped
+exponent is found among millions of weights."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +77,9 @@ class Verification:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values; an error that is no number is written as null."""
-        layers = [{**asdict(layer), "error": layer.error if math.isfinite(layer.error) else None} for layer in self.layers]
+        layers = [
+            {**asdict(layer), "error": layer.error if math.isfinite(layer.error) else None} for layer in self.layers
+        ]
         return {
             "output": self.output, "source": self.source, "ok": self.ok, "problems": self.problems, "layers": layers,
             "missing": list(self.missing), "unknown": list(self.unknown),
@@ -109,7 +122,7 @@ def _removed(made: Source, missing: list[str]) -> set[str]:
 
 def _check(made: Layer, source: Layer, environment: Environment) -> LayerCheck:
     prepare_thread(environment)
-    form = " ".join(str(part) for part in made.encoding.format[:2]) if made.encoding else ""
+    form = describe(made) if made.encoding else ""
     if made.problem:
         same = made.problem == source.problem and [t.nbytes for t in made.tensors] == [t.nbytes for t in source.tensors]
         return LayerCheck(made.name, "", 0.0, "" if same else made.problem)
@@ -119,10 +132,10 @@ def _check(made: Layer, source: Layer, environment: Environment) -> LayerCheck:
     if made.encoding is None and source.encoding is None:
         equal = made.weight.dtype == source.weight.dtype and _equal_bytes(made, source)
         return LayerCheck(made.name, "", 0.0 if equal else math.inf, "" if equal else "kept, but its bytes differ")
-    error = _relative_error(made, source, environment)
-    bound = ERROR_BOUNDS[made.encoding.format[0]] if made.encoding else 0.01
-    problem = "" if error <= bound else f"relative error {error:.4f} is above {bound}, which no sound {form or 'copy'} reaches"
-    return LayerCheck(made.name, form, error, problem)
+    name = made.encoding.format[0] if made.encoding else ""
+    rotation = made.encoding.rotation if made.encoding else None
+    found = _compare(made, source, environment)
+    return LayerCheck(made.name, form, found.error, found.problem(name, rotation))
 
 
 def _equal_bytes(made: Layer, source: Layer) -> bool:
@@ -138,15 +151,67 @@ def _equal_bytes(made: Layer, source: Layer) -> bool:
     return True
 
 
-def _relative_error(made: Layer, source: Layer, environment: Environment) -> float:
-    """||made - source|| / ||source|| in float64; infinite where the decoded weight is not finite."""
-    difference = weight = 0.0
+@dataclass
+class _Comparison:
+    """Sums over the weights of a layer."""
+
+    difference: float = 0.0
+    """Squared distance from the source."""
+    weight: float = 0.0
+    """Squared weights of the source."""
+    amax: float = 0.0
+    """Largest weight of the source."""
+    numel: int = 0
+    excess: float = -math.inf
+    """Largest distance of one weight, beyond its own share of ``WEIGHT_BOUNDS`` ..."""
+    where: str = ""
+    """... and which one that is."""
+
+    @property
+    def error(self) -> float:
+        """||made - source|| / ||source||; infinite where a decoded weight is not finite."""
+        if not math.isfinite(self.difference):
+            return math.inf
+        if not self.weight:
+            return 0.0 if self.difference == 0 else math.inf
+        return math.sqrt(self.difference / self.weight)
+
+    def problem(self, name: str, rotation: int | None) -> str:
+        """What no sound layer of this format shows; empty when there is nothing."""
+        bound = ERROR_BOUNDS[name]
+        if name == "int8" and self.weight:
+            bound = max(bound, self.amax / 254 * math.sqrt(self.numel / self.weight))
+        if not self.error <= bound:
+            return f"relative error {self.error:.4f} is above {bound:.3g}, which no sound {name or 'copy'} reaches"
+        if self.excess > WEIGHT_BOUNDS[name][1] * (rotation or 1) * self.amax:
+            return f"{self.where}: further off than {name or 'a copy'} can be"
+        return ""
+
+
+def _compare(made: Layer, source: Layer, environment: Environment) -> _Comparison:
+    found, first = _Comparison(numel=source.weight.numel), 0
+    name = made.encoding.format[0] if made.encoding else ""
     for ours, theirs in zip(_rows(made, environment), _rows(source, environment), strict=True):
-        difference += float((ours - theirs).square_().sum(dtype=torch.float64))
-        weight += float(theirs.square().sum(dtype=torch.float64))
-    if not math.isfinite(difference):
-        return math.inf
-    return math.sqrt(difference / weight) if weight else (0.0 if difference == 0 else math.inf)
+        distance, magnitude = (ours - theirs).abs_(), theirs.abs()
+        found.difference += float(distance.square().sum(dtype=torch.float64))
+        found.weight += float(theirs.square().sum(dtype=torch.float64))
+        found.amax = max(found.amax, float(magnitude.max()))
+        distance -= (_block_amax(magnitude) if name == "nvfp4" else magnitude) * WEIGHT_BOUNDS[name][0]
+        worst = int(distance.argmax())
+        if float(distance.view(-1)[worst]) > found.excess:
+            found.excess = float(distance.view(-1)[worst])
+            row, column = divmod(worst, theirs.shape[-1]) if theirs.dim() > 1 else (0, worst)
+            values = float(ours.reshape(-1)[worst]), float(theirs.reshape(-1)[worst])
+            found.where = f"weight [{first + row}, {column}] is {values[0]:.6g}, the source has {values[1]:.6g}"
+        first += theirs.shape[0]
+    return found
+
+
+def _block_amax(magnitude: torch.Tensor) -> torch.Tensor:
+    """The largest of each 16 consecutive weights of a row, in the place of all of them."""
+    rows, columns = magnitude.shape
+    blocks = torch.nn.functional.pad(magnitude, (0, -columns % 16)).view(rows, -1, 16).amax(dim=2, keepdim=True)
+    return blocks.expand(-1, -1, 16).reshape(rows, -1)[:, :columns]
 
 
 def _rows(layer: Layer, environment: Environment) -> Iterator[torch.Tensor]:
@@ -169,5 +234,3 @@ def _whole(layer: Layer) -> torch.Tensor:
     with ExitStack() as stack:
         stack.enter_context(Reader(ref.path)).read_into(memoryview(content), ref.start)
     return torch.frombuffer(content, dtype=torch_dtype(ref.dtype)).float()
-
-

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 MARKER = ".comfy_quant"
 HEADER_KEY = "_quantization_metadata"
-_PREFIXES = ("model.diffusion_model.", "model.model.", "net.")
+PREFIXES = ("model.diffusion_model.", "model.model.", "net.")
 """Prefixes that ComfyUI strips from a diffusion model's keys when more than five keys carry one."""
 
 
@@ -103,9 +103,9 @@ def marker_tensor(layer: str, entry: Mapping[str, object]) -> tuple[TensorSpec, 
 def storage(layer: str, shape: tuple[int, int], fmt: Format, options: LayerOptions) -> Storage:
     """How ComfyUI expects ``layer`` with a weight of ``shape`` in ``fmt``.
 
-    MXFP8 and NVFP4 weights are padded with zeros to multiples of 32 and 16 in both dimensions, their block scales lie in
-    cuBLAS tile order. Row scales of INT8 are (M, 1): one-dimensional ones would be applied to columns. A scale of one
-    element is stored without dimensions.
+    MXFP8 and NVFP4 weights are padded with zeros to multiples of 32 and 16 in both dimensions, their block scales lie
+    in cuBLAS tile order. Row scales of INT8 are (M, 1): one-dimensional ones would be applied to columns. A scale of
+    one element is stored without dimensions.
     """
     rows, columns = shape
     if fmt.scaling == "group" and fmt.block_size:
@@ -134,9 +134,9 @@ def storage(layer: str, shape: tuple[int, int], fmt: Format, options: LayerOptio
 
 def model_prefix(names: Iterable[str]) -> str:
     """The prefix that ComfyUI strips from these tensor names, or an empty string."""
-    counts = dict.fromkeys(_PREFIXES, 0)
+    counts = dict.fromkeys(PREFIXES, 0)
     for name in names:
-        for prefix in _PREFIXES:
+        for prefix in PREFIXES:
             if name.startswith(prefix):
                 counts[prefix] += 1
                 break
@@ -145,7 +145,7 @@ def model_prefix(names: Iterable[str]) -> str:
 
 
 def header_entry(markers: Mapping[str, Mapping[str, object]], names: Iterable[str]) -> str:
-    """Content of the ``_quantization_metadata`` header entry: every layer's marker under its name without the model prefix."""
+    """Content of the ``_quantization_metadata`` header entry: every marker, layers named without the model prefix."""
     prefix = model_prefix(names)
     layers = {name.removeprefix(prefix): dict(entry) for name, entry in markers.items()}
     return json.dumps({"format_version": "1.0", "layers": layers})

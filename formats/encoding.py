@@ -10,7 +10,7 @@ from .format import Format, ceil_to
 from .registry import make_format
 from .rotation import rotate_
 from .swizzle import TILE_ROWS, unswizzle
-from .tensors import TensorRef
+from .tensors import TensorRef, torch_dtype
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,8 @@ class Layout:
     """NVFP4: the first of two weights in the high half of the byte."""
     divisor: bool = False
     """NVFP4: the stored tensor scale divides instead of multiplying."""
+    zero_exponent: float = 0.0
+    """MXFP8: what exponent byte 0 means. ComfyUI decodes 0, the OCP specification 2**-127."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Encoding:
     """A quantized layer of an input."""
 
     dialect: str
-    """comfy, legacy, fp8-block, compressed-tensors, plain-fp8."""
+    """comfy, legacy, fp8-block, compressed-tensors, scaled (nothing says whose), plain-fp8."""
     format: tuple[str, str, int | None]
     """Arguments of ``make_format``."""
     shape: tuple[int, int]
@@ -70,13 +72,21 @@ class Encoding:
         if scales is None:
             return codes.float()
         built = self.build()
-        if whole is not None:
-            whole = (1.0 / whole if self.layout.divisor else whole).reshape(())
         codes = self._canonical_codes(built, codes)
-        multiplier = built.multiplier(self._canonical_scales(built, rows, scales), whole)
-        width = self.shape[1]
-        x = built.decode(codes, multiplier)[:, :width]
+        multiplier = self._multiplier(built, self._canonical_scales(built, rows, scales), whole)
+        x = built.decode(codes, multiplier)[:, : self.shape[1]]
         return rotate_(x.contiguous(), self.rotation) if self.rotation else x
+
+    def _multiplier(self, built: Format, scales: torch.Tensor, whole: torch.Tensor | None) -> torch.Tensor:
+        if whole is None:
+            multiplier = built.multiplier(scales, None)
+            if self.layout.zero_exponent:
+                multiplier = torch.where(scales == 0, self.layout.zero_exponent, multiplier)
+            return multiplier
+        number = whole.float().reshape(())
+        if self.layout.divisor:
+            return built.multiplier(scales, torch.ones_like(number)).div_(number)
+        return built.multiplier(scales, number)
 
     def _canonical_codes(self, built: Format, codes: torch.Tensor) -> torch.Tensor:
         if self.layout.high_nibble_first:
@@ -88,16 +98,16 @@ class Encoding:
 
     def _canonical_scales(self, built: Format, rows: tuple[int, int], scales: torch.Tensor) -> torch.Tensor:
         start, stop = rows
-        if scales.numel() == 1 and built.scaling != "group":
+        if built.scaling == "group":
+            if self.layout.swizzled:
+                groups = built.columns(self.shape[1]) // (built.block_size or 1)
+                first = self.scale_range(start, stop)[0]
+                scales = unswizzle(scales)[start - first : stop - first, :groups].contiguous()
+            return scales.view(torch_dtype(built.scale_dtype))
+        scales = scales.float()
+        if scales.numel() == 1:
             return scales.reshape(())
-        if self.layout.swizzled:
-            groups = built.columns(self.shape[1]) // (built.block_size or 1)
-            first = self.scale_range(start, stop)[0]
-            plain = unswizzle(scales)[start - first : stop - first, :groups].contiguous()
-            return plain.view(torch.float8_e4m3fn) if built.scale_dtype == "F8_E4M3" else plain
         if built.scaling == "row":
             return scales.reshape(-1)
-        if built.scaling == "block" and built.block_size:
-            index = torch.arange(start, stop, device=scales.device) // built.block_size - start // built.block_size
-            return scales[index]
-        return scales
+        size = built.block_size or 1
+        return scales[torch.arange(start, stop, device=scales.device) // size - start // size]

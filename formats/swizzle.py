@@ -1,6 +1,7 @@
 """The blocked scale layout of cuBLAS: (128, 4) tiles of 512 bytes, row-major over (row tile, column tile).
 
-Inside a tile, element (r, c) lies at (r % 32) * 16 + (r // 32) * 4 + c. Source: NVIDIA cuBLAS, block scaling factors layout.
+Inside a tile, element (r, c) lies at (r % 32) * 16 + (r // 32) * 4 + c.
+Source: NVIDIA cuBLAS, block scaling factors layout.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ def swizzled_shape(shape: tuple[int, int]) -> tuple[int, int]:
 
 
 def swizzle(scales: torch.Tensor) -> torch.Tensor:
-    """One-byte scales (R, C), row-major -> the same scales zero-padded, in tile order, as (R up to 128s, C up to 4s)."""
+    """One-byte scales (R, C), row-major -> the same zero-padded, in tile order, as (R up to 128s, C up to 4s)."""
     rows, columns = swizzled_shape((scales.shape[0], scales.shape[1]))
     padded = torch.zeros(rows, columns, dtype=torch.uint8, device=scales.device)
     padded[: scales.shape[0], : scales.shape[1]] = scales.view(torch.uint8)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from ..formats.comfy import MARKER, marker_tensor
+import torch
+
+from ..formats.comfy import MARKER, format_string, marker_tensor
+from ..formats.encoding import Encoding
+from ..formats.fileio import Reader
 from ..formats.layers import Layer
-from ..formats.tensors import TensorSpec
+from ..formats.tensors import TensorRef, TensorSpec, torch_dtype
 from .reading import Copy, Decode
 from .work import LayerPlan
 from .writing import Cast, Write
@@ -19,35 +24,59 @@ _LEGACY_NAMES = {".scale_weight": ".weight_scale", ".scale_input": ".input_scale
 def keep(layer: Layer, reason: str) -> LayerPlan:
     """The plan of a layer that stays as it is.
 
-    Quantized layers that ComfyUI's markers can describe are passed through, others are decoded to the dtype that their
-    weight had: passed through without a description, their codes would be taken for numbers.
+    Quantized layers that ComfyUI's markers describe are passed through, others are decoded to the dtype that their
+    weight had: passed through without a description, their codes would be taken for numbers. What cannot be decoded is
+    passed through with its problem as the reason.
     """
     encoding = layer.encoding
-    if encoding is None or encoding.dialect in ("comfy", "plain-fp8"):
-        return _copy(layer, reason, {}, layer.marker)
-    if encoding.dialect == "legacy":
-        formats = {"fp8": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2"}
-        if encoding.format[0] in formats and encoding.format[1] == "tensor":
-            return _copy(layer, reason, _LEGACY_NAMES, {"format": formats[encoding.format[0]]})
+    if encoding is None or encoding.dialect == "plain-fp8":
+        return _copy(layer, layer.problem or reason)
+    if layer.marker is not None and _describes(layer.marker, encoding) and _legacy_input_scale(layer) is not None:
+        return _copy(layer, reason)
     spec = layer.weight
     why = f"{reason}; decoded from {encoding.dialect} {encoding.format[0]} to {spec.dtype}"
     return LayerPlan(layer, (Decode(), Cast(spec.name, spec.dtype), Write()), (spec,), reason=why)
 
 
-def _copy(layer: Layer, reason: str, renames: Mapping[str, str], entry: Mapping[str, Any] | None) -> LayerPlan:
-    """Copies every tensor; a marker is written anew so that it and the header always say the same."""
-    names, outputs = [], []
+def _describes(marker: Mapping[str, Any], encoding: Encoding) -> bool:
+    """Whether a client that believes the marker reads what the scales really are; one scale fits every label."""
+    label = {"hybrid_mxfp8": "mxfp8"}.get(marker["format"], marker["format"])
+    return label == format_string(encoding.build()) or (encoding.scales is not None and encoding.scales.numel == 1)
+
+
+def _copy(layer: Layer, reason: str) -> LayerPlan:
+    """Copies every tensor, legacy ones under their new names; the marker is written anew, equal to the header's."""
+    legacy = layer.encoding is not None and layer.encoding.dialect == "legacy"
+    names = []
     for ref in layer.tensors:
-        if entry is not None and ref.name.endswith(MARKER):
-            continue
-        output = ref.name
-        for old, new in renames.items():
-            if output.endswith(old):
-                output = output.removesuffix(old) + new
-        names.append((ref.name, output))
-        outputs.append(TensorSpec(output, ref.dtype, ref.shape))
-    plan = LayerPlan(layer, (Copy(tuple(names)), Write()), tuple(outputs), reason=reason, entry=entry)
-    if entry is None:
+        part = ref.name.removeprefix(layer.name)
+        if part in _LEGACY_NAMES and layer.problem is None:
+            if not legacy or (part == ".scale_input" and _legacy_input_scale(layer) == 1.0):
+                continue
+            names.append((ref, layer.name + _LEGACY_NAMES[part]))
+        elif part != MARKER or layer.marker is None:
+            names.append((ref, ref.name))
+    outputs = [TensorSpec(output, ref.dtype, ref.shape) for ref, output in names]
+    copy = Copy(tuple((ref.name, output) for ref, output in names))
+    plan = LayerPlan(layer, (copy, Write()), tuple(outputs), reason=reason, entry=layer.marker)
+    if layer.marker is None:
         return plan
-    spec, content = marker_tensor(layer.name, entry)
-    return replace(plan, outputs=(*plan.outputs, spec), constants=((spec, content),))
+    constant = marker_tensor(layer.name, layer.marker)
+    return replace(plan, outputs=(*plan.outputs, constant[0]), constants=(constant,))
+
+
+def _legacy_input_scale(layer: Layer) -> float | None:
+    """A legacy layer's activation scale; 1.0 without one, None when it is not the one number that clients read."""
+    ref = next((ref for ref in layer.tensors if ref.name == f"{layer.name}.scale_input"), None)
+    if ref is None:
+        return 1.0
+    return _number(ref) if ref.numel == 1 else None
+
+
+def _number(ref: TensorRef) -> float | None:
+    """The stored number; None when it is no scale."""
+    content = bytearray(ref.nbytes)
+    with Reader(ref.path) as reader:
+        reader.read_into(memoryview(content), ref.start)
+    value = float(torch.frombuffer(content, dtype=torch_dtype(ref.dtype))[0])
+    return value if math.isfinite(value) and value > 0 else None

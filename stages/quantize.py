@@ -65,8 +65,9 @@ class Quantize:
         planned = [layer if layer.settings is None else self._plan_layer(layer, context) for layer in layers]
         if not any(layer.format for layer in planned):
             reasons = Counter(layer.reason for layer in planned if layer.reason)
-            most = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common(3)) or "it has no linear layers"
-            raise PlanError(f"nothing to quantize to {self.format}: {most}. Change the target, format or block size")
+            most = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common(3))
+            why = most or "it has no linear layers"
+            raise PlanError(f"nothing to quantize to {self.format}: {why}. Change the target, format or block size")
         return planned
 
     def _plan_layer(self, plan: LayerPlan, context: Context) -> LayerPlan:
@@ -105,7 +106,9 @@ def _chain(plan: LayerPlan, fmt: Format, chosen: Mapping[str, Any], context: Con
     if group:
         steps.append(Rotate(group))
     steps += [Scale(arguments, chosen["rounding"] == "mse"), Round(arguments), Pack(arguments, stored), Write()]
-    words = [fmt.name, *([] if fmt.scaling == "group" else [fmt.scaling]), *([str(fmt.block_size)] if fmt.scaling == "block" else [])]
+    words = [fmt.name, *([] if fmt.scaling == "group" else [fmt.scaling])]
+    if fmt.scaling == "block":
+        words.append(str(fmt.block_size))
     return replace(
         plan, steps=tuple(steps), outputs=stored.specs, constants=stored.constants, entry=dict(stored.marker),
         format=" ".join(words) + (f" rotated {group}" if group else ""), reason="", settings=None,
@@ -126,7 +129,8 @@ def _check_rotation(rotate: str | None, fmt: Format) -> None:
     if size.isdigit() and not is_power_of_four(int(size)):
         raise UsageError(f"rotation group {size} is not a power of four: clients refuse it; use 4, 16, 64, 256 or 1024")
     if fmt.name != "int8" or fmt.scaling != "row":
-        raise UsageError(f"rotation needs int8 with row scaling, not {fmt.name} {fmt.scaling}: no client undoes it there")
+        has = f"{fmt.name} {fmt.scaling}"
+        raise UsageError(f"rotation needs int8 with row scaling, not {has}: no client undoes it there")
 
 
 def _rotation(rotate: str | None, fmt: Format, columns: int) -> int | None:

@@ -16,7 +16,9 @@ from ..formats.tensors import TensorRef, torch_dtype
 from .work import Chunk, Environment, LayerPlan, Work, check_cancelled
 
 
-def row_chunks(rows: tuple[int, int], row_bytes: int, environment: Environment, multiple: int) -> Iterator[tuple[int, int]]:
+def row_chunks(
+    rows: tuple[int, int], row_bytes: int, environment: Environment, multiple: int
+) -> Iterator[tuple[int, int]]:
     """Row ranges of about ``chunk_bytes``, starting at multiples of ``multiple``; stops when the run is cancelled."""
     start, stop = rows
     step = chunk_rows(row_bytes, environment.chunk_bytes, multiple)
@@ -96,7 +98,7 @@ class Read:
     name: str = "read"
 
     def run(self, work: Work) -> Work:
-        (ref,) = work.plan.layer.tensors
+        ref = work.plan.layer.tensors[0]
         device = torch.device(work.environment.device)
 
         def stream(start: int, stop: int) -> Iterator[Chunk]:
@@ -109,7 +111,8 @@ class Read:
 
     def memory(self, plan: LayerPlan, environment: Environment) -> int:
         """The rows as stored, on the CPU and on the device."""
-        return chunk_elements(plan, environment) * 2 * max(2, plan.layer.weight.row_bytes // max(1, plan.layer.weight.shape[1]))
+        weight = plan.layer.weight
+        return chunk_elements(plan, environment) * 2 * max(2, weight.row_bytes // max(1, weight.shape[1]))
 
 
 @dataclass(frozen=True)
@@ -139,7 +142,9 @@ class Decode:
         return chunk_elements(plan, environment) * 18
 
 
-def decode_rows(encoding: Encoding, readers: dict[str, Reader], rows: tuple[int, int], device: torch.device) -> torch.Tensor:
+def decode_rows(
+    encoding: Encoding, readers: dict[str, Reader], rows: tuple[int, int], device: torch.device
+) -> torch.Tensor:
     """Float32 weights (r, n) of a range of rows of a quantized layer."""
 
     def part(ref: TensorRef | None, wanted: tuple[int, int], key: str) -> torch.Tensor | None:

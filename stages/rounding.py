@@ -12,7 +12,7 @@ from ..formats.registry import make_format
 from .reading import chunk_elements
 from .work import Chunk, Environment, LayerPlan, Work
 
-_SAMPLED = 16
+_SAMPLED = 64
 """One row in this many is decoded again to measure the error ..."""
 _SAMPLED_ROWS = 64
 """... or more of them, until about this many rows are looked at."""
@@ -39,10 +39,11 @@ class Round:
                 sampled = slice(-chunk.start % stride, None, stride)
                 original = chunk.x[sampled].clone()
                 chunk.codes = fmt.encode_(chunk.x, chunk.scales)
-                multiplier = _multiplier_rows(fmt, chunk.scales.multiplier, sampled, chunk.x.shape[0])
-                decoded = fmt.decode(chunk.codes[sampled], multiplier)
-                error.add_(decoded.sub_(original).square_().sum(dtype=torch.float64))
-                weight.add_(original.square_().sum(dtype=torch.float64))
+                if original.shape[0]:
+                    multiplier = _multiplier_rows(fmt, chunk.scales.multiplier, sampled, chunk.x.shape[0])
+                    decoded = fmt.decode(chunk.codes[sampled], multiplier)
+                    error.add_(decoded.sub_(original).square_().sum(dtype=torch.float64))
+                    weight.add_(original.square_().sum(dtype=torch.float64))
                 yield chunk
             work.squared_error, work.squared_weight = float(error), float(weight)
 

@@ -97,7 +97,8 @@ def count_nonfinite(work: Work) -> tuple[int, tuple[int, int] | None]:
     assert work.stream is not None
     count, first = 0, None
     for chunk in work.stream(0, work.plan.rows):
-        bad = ~torch.isfinite(chunk.x)
+        # A float64 beyond float32's range is infinite as soon as it is scaled.
+        bad = ~torch.isfinite(chunk.x.float() if chunk.x.dtype == torch.float64 else chunk.x)
         if bad.any():
             count += int(bad.sum())
             row, column = (int(index) for index in bad.nonzero()[0])

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, get_args, get_type_hints
 
 from ..formats.errors import UsageError, did_you_mean
 
@@ -52,11 +52,35 @@ def stage_class(verb: str) -> type[Any]:
 
 
 def make_stage(verb: str, options: Mapping[str, Any]) -> Stage:
-    """A stage from its verb and options, as recipes hold them; UsageError for an option that it does not have."""
+    """A stage from its verb and options, as recipes hold them; UsageError for options that it cannot have."""
     cls = stage_class(verb)
     known = [item.name for item in fields(cls)]
     for name in options:
         if name not in known:
-            raise UsageError(f"{verb} has no option {name!r}{did_you_mean(name, known)}")
+            raise UsageError(f"{verb} has no option {name!r}{did_you_mean(str(name), known)}")
+    for item in fields(cls):
+        if item.default is MISSING and item.default_factory is MISSING and item.name not in options:
+            raise UsageError(f"{verb} needs {item.name}")
+    check_types(verb, cls, options)
     stage: Stage = cls(**options)
     return stage
+
+
+_WORDS: dict[object, str] = {str: "a string", int: "a whole number", float: "a number", bool: "true or false"}
+
+
+def check_types(what: str, cls: type[Any], values: Mapping[str, Any]) -> None:
+    """UsageError for a value that is not of its field's type, where that is str, int, float or bool, or None too."""
+    for name, hint in get_type_hints(cls).items():
+        allowed = get_args(hint) or (hint,)
+        if name not in values or not all(kind in _WORDS or kind is type(None) for kind in allowed):
+            continue
+        if not any(_is_a(values[name], kind) for kind in allowed):
+            words = " or ".join(_WORDS.get(kind, "null") for kind in allowed)
+            raise UsageError(f"{what}: {name} must be {words}, is {values[name]!r}")
+
+
+def _is_a(value: object, kind: Any) -> bool:
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, kind) or (kind is float and isinstance(value, int))

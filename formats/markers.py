@@ -1,0 +1,123 @@
+"""ComfyUI's words about quantized layers: marker tensors, the header entry that repeats them, and the legacy marker.
+
+Its loader turns the header entry into marker tensors and overwrites those of the file; a ``scaled_fp8`` tensor marks
+every layer below its prefix that has a ``scale_weight`` (ComfyUI ``utils.convert_old_quants``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+from .comfy import HEADER_KEY, MARKER, PREFIXES, model_prefix
+from .errors import CheckpointError
+from .fileio import Reader
+from .safetensors import parse_json
+from .source import Source
+from .tensors import TensorRef
+
+LEGACY = "scaled_fp8"
+_MAX_BYTES = 1 << 20
+
+Entry = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Markers:
+    """What a checkpoint says of its layers."""
+
+    layers: Mapping[str, Entry]
+    """Each layer's description, by full name without ``.weight``."""
+    conflicts: Mapping[str, str]
+    """Layers whose tensor and header disagree about the numbers, and how."""
+    legacy: Mapping[str, bool]
+    """Prefix of every ``scaled_fp8`` tensor -> whether it asks for multiplication in full precision."""
+
+    def full_precision(self, name: str) -> bool:
+        """What the nearest legacy marker above a layer asks for."""
+        prefixes = [prefix for prefix in self.legacy if name.startswith(prefix)]
+        return bool(prefixes) and self.legacy[max(prefixes, key=len)]
+
+
+def read_markers(source: Source) -> Markers:
+    """Reads marker tensors and header; never a weight.
+
+    Raises CheckpointError for a marker that is no JSON object.
+    """
+    tensors = _marker_tensors(source.refs)
+    header = _header(source)
+    conflicts = {name: _conflict(tensors[name], header[name]) for name in header if name in tensors}
+    layers = {**tensors, **{name: _join(tensors.get(name, {}), entry) for name, entry in header.items()}}
+    legacy = {name.removesuffix(LEGACY): ref.numel == 2 for name, ref in source.refs.items() if is_legacy_marker(name)}
+    return Markers(layers, {name: text for name, text in conflicts.items() if text}, legacy)
+
+
+def is_legacy_marker(name: str) -> bool:
+    """Whether a tensor is the marker that names a whole model, and no weight."""
+    return name.rpartition(".")[2] == LEGACY
+
+
+def _marker_tensors(refs: Mapping[str, TensorRef]) -> dict[str, Entry]:
+    found: dict[str, Entry] = {}
+    with ExitStack() as stack:
+        readers: dict[str, Reader] = {}
+        for key, ref in refs.items():
+            if not key.endswith(MARKER):
+                continue
+            where = f"{ref.path}: {key}"
+            if ref.dtype != "U8" or ref.nbytes > _MAX_BYTES:
+                held = f"{ref.nbytes} bytes of {ref.dtype}"
+                raise CheckpointError(f"{where} holds {held}; a marker is JSON in at most {_MAX_BYTES} bytes of U8")
+            if ref.path not in readers:
+                readers[ref.path] = stack.enter_context(Reader(ref.path))
+            content = bytearray(ref.nbytes)
+            readers[ref.path].read_into(memoryview(content), ref.start)
+            found[key.removesuffix(MARKER)] = _object(parse_json(bytes(content), where), where)
+    return found
+
+
+def _header(source: Source) -> dict[str, Entry]:
+    """Entries of the header, by the full names that its short ones stand for."""
+    text = source.metadata.get(HEADER_KEY)
+    if text is None:
+        return {}
+    where = f"{source.files[0]}: header entry {HEADER_KEY}"
+    layers = _object(_object(parse_json(text.encode(), where), where).get("layers"), f"{where}: 'layers'")
+    prefixes = (model_prefix(source.refs), "", *PREFIXES)
+
+    def full(name: str) -> str:
+        return next((prefix + name for prefix in prefixes if prefix + name + ".weight" in source.refs), name)
+
+    return {full(name): _object(entry, f"{where}: {name!r}") for name, entry in layers.items()}
+
+
+def _object(value: object, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{where} must be a JSON object, is {type(value).__name__}")
+    return value
+
+
+def _conflict(tensor: Entry, header: Entry) -> str:
+    """Empty when both give the codes the same meaning; what the header lacks is absent, whatever the tensor says."""
+    ours, theirs = _meaning(tensor), _meaning(header)
+    return "" if ours == theirs else f"its marker says {ours}, the header {theirs}"
+
+
+def _meaning(entry: Entry) -> str:
+    said = flat(entry)
+    rotation = f" rotated {said.get('convrot_groupsize', 256)}" if said.get("convrot") else ""
+    return f"{said.get('format')}{rotation}"
+
+
+def flat(entry: Entry) -> dict[str, Any]:
+    """An entry with its nested ``params`` lifted; what stands at the root wins."""
+    params = entry.get("params")
+    inner = params if isinstance(params, dict) else {}
+    return {**inner, **{key: value for key, value in entry.items() if key != "params"}}
+
+
+def _join(tensor: Entry, header: Entry) -> Entry:
+    """The header's entry; what only describes the original survives from the tensor."""
+    return {**{key: value for key, value in tensor.items() if key.startswith("orig_")}, **header}
