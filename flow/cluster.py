@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 CONNECT_SECONDS = 30
 """How long a scheduler may take to answer."""
 
+_LOCAL = "127.0.0.1:0"
+"""Any free port, for this machine only: Dask's own choice is a fixed one that the whole network sees."""
+
 
 def run_distributed(where: Client | str, graph: Graph, keys: list[Key], budget: Budget) -> Results:
     """Receipts as tasks finish. Workers read the source and write the output themselves: they need both paths."""
@@ -54,7 +57,8 @@ def _client(distributed: Any, where: Client | str, budget: Budget, stack: contex
             return stack.enter_context(distributed.Client(where, timeout=CONNECT_SECONDS, set_as_default=False))
         # Tasks keep to the budget themselves; Dask's own memory limit cannot see torch's memory and would interfere.
         options = {"n_workers": budget.workers, "threads_per_worker": 1, "memory_limit": None}
-        cluster = stack.enter_context(distributed.LocalCluster(**options, dashboard_address=None))
+        web = {"dashboard_address": _LOCAL, "worker_dashboard_address": _LOCAL}
+        cluster = stack.enter_context(distributed.LocalCluster(**options, **web))
         return stack.enter_context(distributed.Client(cluster, set_as_default=False))
     except OSError as error:
         raise SinkError(f"{where}: cannot reach the Dask scheduler: {error}") from error

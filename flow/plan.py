@@ -103,10 +103,10 @@ class Plan:
         for name, number in sorted(self.formats.items()):
             chosen = [layer for layer in self.quantized if layer.format == name]
             before, after = sum(layer.layer.nbytes for layer in chosen), sum(layer.nbytes_out for layer in chosen)
-            lines.append(f"quantize {count(number, 'layer'):>12} to {name}: {show_size(before)} -> {show_size(after)}")
-        lines += [f"keep     {count(number, 'layer'):>12}: {reason}" for reason, number in self.kept.most_common()]
+            lines.append(f"quantize {count(number, 'layer', 5)} to {name}: {show_size(before)} -> {show_size(after)}")
+        lines += [f"keep     {count(number, 'layer', 5)}: {reason}" for reason, number in self.kept.most_common()]
         rest = sum(1 for layer in self.layers if not layer.format and not layer.reason)
-        lines.append(f"copy     {count(rest, 'tensor'):>12}: biases and the like")
+        lines.append(f"copy     {count(rest, 'tensor', 5)}: biases and the like")
         seconds = estimate_seconds(self.layers, self.recipe.run, workers)
         lines.append(f"estimate {show_seconds(seconds) if seconds >= 1 else 'under a second'}")
         lines += [f"note     {note}" for note in self.notes] + [f"warning  {text}" for text in self.warnings]

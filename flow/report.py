@@ -31,6 +31,13 @@ class LayerReport:
     """Relative Frobenius error ||W' - W|| / ||W||, from one row in 64 (more in small layers)."""
     seconds: float
 
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return {
+            "name": self.name, "format": self.format, "bytes_in": self.nbytes_in, "bytes_out": self.nbytes_out,
+            "error": self.error, "seconds": self.seconds,
+        }  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Report:
@@ -73,7 +80,7 @@ class Report:
             "source": list(self.source), "output": self.output,
             "bytes_in": self.nbytes_in, "bytes_out": self.nbytes_out,
             "ratio": self.ratio, "seconds": self.seconds, "peak_memory_bytes": self.peak_bytes,
-            "layers": [vars(layer) for layer in self.layers], "kept": self.kept,
+            "layers": [layer.to_dict() for layer in self.layers], "kept": self.kept,
             "notes": list(self.notes), "warnings": list(self.warnings), "verify": self.verify_command,
         }  # fmt: skip
 
@@ -86,8 +93,8 @@ class Report:
         from rich.text import Text
 
         table = Table(title=None, header_style="bold")
-        for heading in ("layer", "format"):
-            table.add_column(heading, overflow="fold")
+        for heading, least in (("layer", 16), ("format", 6)):
+            table.add_column(heading, overflow="fold", min_width=least)
         for heading in ("error", "before", "after", "time"):
             table.add_column(heading, justify="right", no_wrap=True)
         for layer in self.worst[:most]:
@@ -115,7 +122,7 @@ class Report:
         if self.layers:
             yield Text(f"Worst layers by error (of {len(self.layers)}):")
             yield self.table(WORST_SHOWN)
-        yield Text(self.summary(), overflow="ignore", no_wrap=True)
+        yield Text(self.summary(), overflow="fold")
 
     def _repr_html_(self) -> str:
         rows = "".join(

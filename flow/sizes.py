@@ -38,6 +38,6 @@ def show_seconds(seconds: float) -> str:
     return f"{minutes} min {int(seconds % 60):02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def count(number: int, noun: str) -> str:
-    """``1 layer``, ``2 layers``."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+def count(number: int, noun: str, width: int = 0) -> str:
+    """``1 layer``, ``2 layers``; the number at least ``width`` columns wide."""
+    return f"{number:{width}d} {noun}" if number == 1 else f"{number:{width}d} {noun}s"

@@ -24,8 +24,7 @@ if TYPE_CHECKING:
 PORTABLE = os.environ.get("QUANTLOOM_PORTABLE_IO") == "1" or not (hasattr(os, "preadv") and hasattr(os, "pwrite"))
 """True: lock and seek instead of positional calls, no directory sync. Read each time a file is opened."""
 
-# macOS answers EINVAL to a single call above 2 GiB, and Linux cuts it short.
-_MAX_CALL = 1 << 30
+_MAX_CALL = 1 << 30  # macOS answers EINVAL to a single call above 2 GiB, and Linux cuts it short
 
 # What a file system says when it has no sync for directories (CIFS, FUSE); a real failure is EIO or ENOSPC.
 _NO_DIRECTORY_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES, errno.EPERM, errno.ENOSYS}

@@ -139,4 +139,4 @@ class Format(ABC):
 
     @abstractmethod
     def decode(self, codes: torch.Tensor, multiplier: torch.Tensor) -> torch.Tensor:
-        """Float32 (r, columns) weights of canonical codes; ``multiplier`` as ``scale_shape``, or one per row/group row."""
+        """Float32 (r, columns) weights of canonical codes; ``multiplier`` as ``scale_shape``, or a row of it a row."""

@@ -20,7 +20,7 @@ class Mxfp8(Format):
     scale_dtype: ClassVar[str] = "U8"
 
     def amax(self, x: torch.Tensor) -> torch.Tensor:
-        return absmax(x.view(x.shape[0], -1, 32), dim=2)
+        return absmax(x.view(x.shape[0], -1, 32))
 
     def whole(self, stats: Stats, search: bool) -> torch.Tensor:
         raise NotImplementedError("MXFP8 has no scale of the whole tensor")
@@ -38,6 +38,6 @@ class Mxfp8(Format):
         return e8m0_decode(stored)
 
     def decode(self, codes: torch.Tensor, multiplier: torch.Tensor) -> torch.Tensor:
-        x = codes.float()
+        x = E4M3.decode(codes)
         x.view(x.shape[0], -1, 32).mul_(multiplier[:, :, None])
         return x

@@ -34,7 +34,8 @@ class FormatInfo:
 
 
 _ALL = (
-    FormatInfo("fp8", "scaled:Fp8", ("tensor", "row", "block"), 8.0, "NVIDIA Ada, Hopper, Blackwell (SM 8.9+); AMD MI300",
+    FormatInfo("fp8", "scaled:Fp8", ("tensor", "row", "block"), 8.0,
+               "NVIDIA Ada, Hopper, Blackwell (SM 8.9+); AMD MI300",
                "ComfyUI (tensor); row and block: ComfyUI-QuantOps"),
     FormatInfo("fp8_e5m2", "scaled:Fp8E5M2", ("tensor",), 8.0, "NVIDIA Ada, Hopper, Blackwell (SM 8.9+)", "ComfyUI"),
     FormatInfo("int8", "scaled:Int8", ("row", "tensor", "block"), 8.0, "NVIDIA Turing and later (SM 7.5+)",

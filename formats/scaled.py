@@ -7,10 +7,16 @@ from typing import ClassVar
 
 import torch
 
-from .elements import E4M3, E5M2, INT8, Element
+from .elements import E4M3, E5M2, INT8, Element, clear_last_bit_, shorten_
 from .format import TINY, Format, Scales, Stats
-from .reduce import absmax, tree_sum
-from .scratch import scratch
+from .reduce import absmax, divide, halvings, least, tree_sum_
+from .scratch import scratch, tiles
+
+_PHASES = 8
+"""Scales that a search tries."""
+
+_PARTIAL = 128
+"""Sums per row that are left for all candidates together: short additions cost their calls."""
 
 _ZERO_AMAX = 1e-12
 """The amax that a group of zeros is given, so that its scale is a valid number."""
@@ -32,18 +38,13 @@ class ScaledFormat(Format):
             low, high = torch.aminmax(x)
             return torch.maximum(-low, high)
         if self.scaling == "row":
-            return absmax(x, dim=1)
-        return absmax(self._blocks(absmax(self._tiles(x), dim=-1)), dim=-1)
+            return absmax(x)
+        return absmax(self._tiles(x)).amax(1)
 
     def _tiles(self, x: torch.Tensor) -> torch.Tensor:
         """(R, b, C, b) view of (R*b, C*b) rows."""
         size = self.block_size or 1
         return x.view(x.shape[0] // size, size, x.shape[1] // size, size)
-
-    @staticmethod
-    def _blocks(partial: torch.Tensor) -> torch.Tensor:
-        """(R, C, b) from the (R, b, C) that a reduction over tile columns leaves."""
-        return partial.transpose(1, 2).contiguous()
 
     def _spread(self, per_group: torch.Tensor) -> torch.Tensor:
         """Per-group values in a shape that broadcasts over ``_shaped(x)``."""
@@ -66,7 +67,7 @@ class ScaledFormat(Format):
         return stored.float()
 
     def decode(self, codes: torch.Tensor, multiplier: torch.Tensor) -> torch.Tensor:
-        x = codes.float()
+        x = self.element.decode(codes)
         if multiplier.dim() < 2:
             return x.mul_(multiplier[:, None] if multiplier.dim() else multiplier)
         x.view(x.shape[0], multiplier.shape[1], -1).mul_(multiplier[:, :, None])
@@ -96,31 +97,46 @@ class Fp8(ScaledFormat):
     def search(self, x: torch.Tensor, amax: torch.Tensor, whole: torch.Tensor | None) -> Scales:
         if whole is not None:
             return self.scales(amax, whole)
-        inverse = self._phase(self._shaped(x), self.element.largest / _safe(amax))
+        groups = x
+        if self.scaling == "block":
+            tiled = self._tiles(x).transpose(1, 2)
+            groups = scratch("fp8_groups", tiled.shape, x.dtype, x.device).copy_(tiled).view(amax.numel(), -1)
+        inverse = self._phase(groups, self.element.largest / _safe(amax).view(-1)).view(amax.shape)
         stored = 1.0 / inverse
         return Scales(stored, stored, inverse)
 
-    def _phase(self, x: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+    def _phase(self, groups: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
         """Of the scales amax / 448 * 2**(i / 8), i = 0..7, the inverse of the one with the least squared error.
 
         Larger scales never clip; a fraction of an octave moves the mantissa grid under the weights, and a whole
-        octave brings it back. ``x`` is (G, n) rows or (R, b, C, b) tiles; ``inverse`` one value per group.
+        octave brings it back. ``inverse`` holds one value per row of ``groups``.
         """
-        best_error = torch.full_like(inverse, torch.inf)
-        best = inverse
-        buffer, delta = (scratch(key, x.shape, x.dtype, x.device) for key in ("phase", "phase_delta"))
-        for step in range(8):
-            candidate = inverse * 2.0 ** (-step / 8)
-            torch.mul(x, self._spread(candidate) if x.dim() == 4 else candidate[:, None], out=buffer)
-            delta.copy_(self.element.encode_(delta.copy_(buffer))).sub_(buffer).square_()
-            error = tree_sum(delta)
-            if x.dim() == 4:
-                error = tree_sum(self._blocks(error))
-            error /= candidate.square()
-            better = error < best_error
-            best = torch.where(better, candidate, best)
-            best_error = torch.where(better, error, best_error)
-        return best
+        phases = torch.tensor([2.0 ** (-step / _PHASES) for step in range(_PHASES)], device=inverse.device)
+        candidates = shorten_(inverse * phases[:, None])
+        candidates[0] = inverse
+        relative = candidates / inverse
+        error = self._errors(groups, candidates).div_(relative).div_(relative)
+        return least(error, candidates)
+
+    def _errors(self, groups: torch.Tensor, inverses: torch.Tensor) -> torch.Tensor:
+        """Squared errors (candidates, rows), in units of the scale."""
+        error = torch.empty_like(inverses)
+        for part in tiles(groups):
+            shape = groups[part].shape
+            x, scaled, delta, spare = scratch("fp8", (4, *shape), groups.dtype, groups.device)
+            torch.abs(groups[part], out=x)
+            steps, sums = halvings(delta, _PARTIAL)
+            partial = scratch("fp8_partial", (len(inverses), *sums.shape), x.dtype, x.device)
+            for step, (inverse, total) in enumerate(zip(inverses[:, part, None], partial, strict=True)):
+                torch.mul(x, inverse, out=scaled)
+                if step == 0:  # this one is not cut: its products with weights that were FP8 before are 2**k - 1 ulp
+                    clear_last_bit_(scaled)
+                self.element.squared_error(scaled, delta, spare)
+                for left, right in steps:
+                    left.add_(right)
+                total.copy_(sums)
+            error[:, part] = tree_sum_(partial)
+        return error
 
 
 @dataclass(frozen=True)
@@ -147,7 +163,7 @@ class Int8(ScaledFormat):
     code_dtype: ClassVar[str] = "I8"
 
     def whole(self, stats: Stats, search: bool) -> torch.Tensor:
-        return _safe(stats.amax) / self.element.largest
+        return divide(_safe(stats.amax), self.element.largest)
 
     def scales(self, amax: torch.Tensor, whole: torch.Tensor | None) -> Scales:
         if whole is not None:
@@ -156,5 +172,5 @@ class Int8(ScaledFormat):
             inverse = self.element.largest / _safe(amax)
             stored = 1.0 / inverse
             return Scales(stored, stored, inverse)
-        stored = torch.where(amax > 0, amax.clamp(min=TINY) / self.element.largest, _ZERO_BLOCK)
+        stored = torch.where(amax > 0, divide(amax.clamp(min=TINY), self.element.largest), _ZERO_BLOCK)
         return Scales(stored, stored)

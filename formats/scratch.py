@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Iterator
 
 import torch
+
+_TILE = 1 << 16
+"""Elements per tile: four float32 buffers of this size stay in a core's second-level cache."""
 
 _local = threading.local()
 
@@ -23,6 +27,14 @@ def scratch(key: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.
     if buffer is None or buffer.numel() < nbytes:
         buffer = pool[key] = torch.empty(nbytes, dtype=torch.uint8)
     return buffer[:nbytes].view(dtype).view(shape)
+
+
+def tiles(x: torch.Tensor, size: int = _TILE) -> Iterator[slice]:
+    """Ranges of the first dimension of ``x`` of about ``size`` elements (on a GPU: all of it at once)."""
+    count = x.shape[0]
+    step = count if x.device.type != "cpu" else max(1, size * count // max(1, x.numel()))
+    for start in range(0, count, max(1, step)):
+        yield slice(start, min(start + step, count))
 
 
 def release() -> None:

@@ -1,0 +1,36 @@
+"""Fixtures: tiny checkpoints, and the command line within this process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from checkpoints import Ran, write_file, write_folder
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """A checkpoint in one file, alone in its folder."""
+    return write_file(tmp_path / "in" / "tiny.safetensors")
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> Path:
+    """A folder with three shards, an index and sidecar files."""
+    return write_folder(tmp_path / "sharded")
+
+
+@pytest.fixture
+def cli(capfd: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
+    """Runs ``quantloom`` with these arguments; status, stdout and stderr."""
+    from quantloom.flow.cli import main
+
+    def run(*arguments: object) -> Ran:
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main([str(argument) for argument in arguments])
+        captured = capfd.readouterr()
+        return Ran(int(ended.value.code or 0), captured.out, captured.err)
+
+    return run
