@@ -4,10 +4,10 @@
     python benchmarks/compare.py [--arch llama] [--gb 0.5] [--repeats 3] [--cases fp8,nvfp4] [--programs quantloom,...]
 
 CPU seconds (user and system, of the whole process tree) and ratios within one run hold on a busy machine; wall seconds
-hold only if nothing else runs. "Net" is net of imports: an import-only process of each program is measured in the same
-turns and subtracted; "wall s" is the whole process. Ratios are to quantloom. GB are source bytes, kept layers included;
-every program is told to keep the same ones, and the output sizes show that it did. quantloom flushes its output to the
-disk, the others leave that to the system.
+hold only if nothing else runs. "Net" is net of imports: a process that only imports what the program imports runs right
+before each conversion and is subtracted; "wall s" is the whole process. Ratios are to quantloom. GB are source bytes,
+kept layers included; every program is told to keep the same ones, and the output sizes show that it did. quantloom
+flushes its output to the disk, the others leave that to the system.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from measure import Failed, Usage, generate, machine, measure, median, save_json
 from peers import CASES, EXCLUDE, PEERS, QUANTLOOM, Case, Program, create, default_envs
 
 ALL = (QUANTLOOM, *PEERS)
+Key = tuple[str, str]
+"""Names of case and program."""
 
 
 @dataclass(frozen=True)
@@ -45,13 +47,12 @@ class Result:
 class Runs:
     """What has been measured so far."""
 
-    imports: dict[str, list[Usage]] = field(default_factory=lambda: defaultdict(list))
-    """By program."""
-    conversions: dict[tuple[str, str], list[Usage]] = field(default_factory=lambda: defaultdict(list))
-    """By case and program."""
-    out: dict[tuple[str, str], int] = field(default_factory=dict)
-    """Bytes written, by case and program."""
-    failures: dict[tuple[str, str], str] = field(default_factory=dict)
+    conversions: dict[Key, list[Usage]] = field(default_factory=lambda: defaultdict(list))
+    imports: dict[Key, list[Usage]] = field(default_factory=lambda: defaultdict(list))
+    """The import-only process right before each conversion."""
+    out: dict[Key, int] = field(default_factory=dict)
+    """Bytes written."""
+    failures: dict[Key, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,6 @@ class Bench:
         for _ in range(repeats):
             for case in self.cases:
                 for program in self.programs:
-                    runs.imports[program.name].append(self._imports(program))
                     self._convert(case, program, runs)
         return runs
 
@@ -87,7 +87,9 @@ class Bench:
         if arguments is None or key in runs.failures:
             return
         try:
+            imports = self._imports(program)
             used = measure([self.pythons[program.name], *arguments], dict(program.env))
+            runs.imports[key].append(imports)
             runs.conversions[key].append(used)
             runs.out[key] = size(dst)
             print(f"  {case.name}, {program.name}: {used.cpu:.1f} CPU s, {used.wall:.1f} s", file=sys.stderr)
@@ -99,10 +101,17 @@ class Bench:
 
 
 def results(runs: Runs, gb: float) -> Iterator[Result]:
-    for (case, program), usages in runs.conversions.items():
-        used, imports = median(usages), median(runs.imports[program])
-        cpu, wall, out = used.cpu - imports.cpu, used.wall - imports.wall, runs.out[case, program] / 1e6
-        yield Result(case, program, cpu / gb, wall / gb, used.wall, used.peak, out)
+    """Each conversion less the imports measured right before it, so that a slow minute cancels; then the median."""
+    for key, usages in runs.conversions.items():
+        net = median(used.less(imports) for used, imports in zip(usages, runs.imports[key], strict=True))
+        whole = median(usages)
+        yield Result(*key, net.cpu / gb, net.wall / gb, whole.wall, whole.peak, runs.out[key] / 1e6)
+
+
+def median_imports(runs: Runs) -> dict[str, Usage]:
+    """By program, over all cases."""
+    names = dict.fromkeys(program for _, program in runs.imports)
+    return {name: median(u for (_, of), some in runs.imports.items() if of == name for u in some) for name in names}
 
 
 def ratio(value: float, base: float) -> str:
@@ -133,10 +142,7 @@ COLUMNS = (
 
 
 def report(runs: Runs, found: Sequence[Result]) -> str:
-    imports = [
-        [name, f"{used.cpu:.2f}", f"{used.wall:.2f}", f"{used.peak:.0f}"]
-        for name, used in ((name, median(usages)) for name, usages in runs.imports.items())
-    ]
+    imports = [[p, f"{u.cpu:.2f}", f"{u.wall:.2f}", f"{u.peak:.0f}"] for p, u in median_imports(runs).items()]
     failed = [f"{case}, {program}: {why.splitlines()[-1]}" for (case, program), why in runs.failures.items()]
     tables = [table(COLUMNS, rows(found)), table(("imports only", "CPU s", "wall s", "peak MB"), imports)]
     return "\n\n".join([*tables, *(["failed:\n" + "\n".join(failed)] if failed else [])])
@@ -179,7 +185,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{args.arch}, {nbytes / 1e9:.2f} GB of bf16, {args.shards} file(s), median of {args.repeats}\n")
     print(report(runs, found))
     facts = {"arch": args.arch, "bytes": nbytes, "repeats": args.repeats, "machine": machine()}
-    imports = {program: asdict(median(usages)) for program, usages in runs.imports.items()}
+    imports = {program: asdict(used) for program, used in median_imports(runs).items()}
     save_json(args.json, {**facts, "imports": imports, "results": [asdict(r) for r in found]})
     return 1 if runs.failures else 0
 

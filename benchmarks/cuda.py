@@ -64,6 +64,7 @@ def main() -> None:
     parser.add_argument("--gb", type=float, default=4)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--folder", help="where to generate and write; default: the system's temporary folder")
+    parser.add_argument("--only", default="", help="only cases whose name holds this, such as 'nvfp4 group'")
     parser.add_argument("--skip-cpu", action="store_true", help="only time the device")
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(dir=arguments.folder))
@@ -77,7 +78,7 @@ def main() -> None:
         print(f"storage: read {read:.2f} GB/s (one thread), write and sync {write:.2f} GB/s (one thread)\n")
         print("| format | scaling | rounding | device s | device GB/s | CPU s | CPU GB/s | equal bytes | peak GPU MB |")
         print("|---|---|---|---|---|---|---|---|---|")
-        for case in CASES:
+        for case in (case for case in CASES if arguments.only in " ".join(case)):
             torch.cuda.reset_peak_memory_stats() if torch.cuda.is_available() else None
             on_device, on_cpu = folder / "device.safetensors", folder / "cpu.safetensors"
             seconds = convert(source, on_device, case, arguments.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from typing import TYPE_CHECKING, Any
 
 from ..formats.errors import SinkError, UsageError
@@ -12,6 +13,8 @@ from .graph import Graph, Key, Results
 
 if TYPE_CHECKING:
     from distributed import Client
+
+_log = logging.getLogger(__name__)
 
 CONNECT_SECONDS = 30
 """How long a scheduler may take to answer."""
@@ -56,7 +59,8 @@ def _client(distributed: Any, where: Client | str, budget: Budget, stack: contex
         if where != "distributed":
             return stack.enter_context(distributed.Client(where, timeout=CONNECT_SECONDS, set_as_default=False))
         # Tasks keep to the budget themselves; Dask's own memory limit cannot see torch's memory and would interfere.
-        options = {"n_workers": budget.workers, "threads_per_worker": 1, "memory_limit": None}
+        quiet = logging.CRITICAL if not _log.isEnabledFor(logging.DEBUG) else None
+        options = {"n_workers": budget.workers, "threads_per_worker": 1, "memory_limit": None, "silence_logs": quiet}
         web = {"dashboard_address": _LOCAL, "worker_dashboard_address": _LOCAL}
         cluster = stack.enter_context(distributed.LocalCluster(**options, **web))
         return stack.enter_context(distributed.Client(cluster, set_as_default=False))

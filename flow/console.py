@@ -35,20 +35,24 @@ PLAIN_SECONDS = 10.0
 class _StderrHandler(logging.Handler):
     """Lines on whatever stderr is at that moment: a live display puts itself in its place."""
 
+    noisy: tuple[str, ...] = ()
+    """Packages of which only errors are shown; they set the levels of their own loggers when they are imported."""
+
     def emit(self, record: logging.LogRecord) -> None:
-        sys.stderr.write(f"{record.levelname} {record.name}: {record.getMessage()}\n")
+        if record.levelno >= logging.ERROR or record.name.partition(".")[0] not in self.noisy:
+            sys.stderr.write(f"{record.levelname} {record.name}: {record.getMessage()}\n")
 
 
 def setup_logging(verbosity: int) -> None:
     """-1 quiet: errors; 0: warnings; 1: what is done; 2: everything."""
     level = {-1: logging.ERROR, 0: logging.WARNING, 1: logging.INFO}.get(verbosity, logging.DEBUG)
     root = logging.getLogger()
-    if not any(isinstance(handler, _StderrHandler) for handler in root.handlers):
-        root.addHandler(_StderrHandler())
+    own = next((handler for handler in root.handlers if isinstance(handler, _StderrHandler)), None)
+    if own is None:
+        own = _StderrHandler()
+        root.addHandler(own)
+    own.noisy = () if level == logging.DEBUG else ("distributed", "asyncio", "tornado")
     root.setLevel(level)
-    if level > logging.DEBUG:
-        for noisy in ("distributed", "asyncio"):
-            logging.getLogger(noisy).setLevel(logging.ERROR)
 
 
 def stderr() -> Console:

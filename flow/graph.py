@@ -17,7 +17,9 @@ from ..stages.work import Environment, LayerPlan, Receipt, Work
 from .runner import prepare_thread
 
 BATCH_BYTES = 64 << 20
-"""Layers are put together into tasks of at least this many source bytes."""
+"""Layers are put together into tasks of at least this many source bytes ..."""
+BATCH_LAYERS = 256
+"""... but of no more layers than this: what Dask does within a fused task grows with the square of its nodes."""
 
 Key = tuple[str, ...]
 Graph = dict[Key, GraphNode]
@@ -84,7 +86,7 @@ def _shared_scale(plan: LayerPlan) -> Key | None:
 
 
 def batches(layers: Sequence[LayerPlan]) -> Iterator[list[LayerPlan]]:
-    """Layers, biggest first, in groups of at least BATCH_BYTES; a layer in row ranges is alone."""
+    """Layers, biggest first, in groups of BATCH_BYTES or BATCH_LAYERS; a layer in row ranges is alone."""
     pending: list[LayerPlan] = []
     size = 0
     for plan in sorted(layers, key=lambda layer: (-layer.layer.nbytes, layer.layer.name)):
@@ -93,7 +95,7 @@ def batches(layers: Sequence[LayerPlan]) -> Iterator[list[LayerPlan]]:
             continue
         pending.append(plan)
         size += plan.layer.nbytes
-        if size >= BATCH_BYTES:
+        if size >= BATCH_BYTES or len(pending) == BATCH_LAYERS:
             yield pending
             pending, size = [], 0
     if pending:

@@ -15,7 +15,10 @@ def prepare_thread(environment: Environment) -> None:
     """Torch's threads for this task, so that workers times threads stay within the cores; no gradients; a CUDA stream."""
     import torch
 
+    from ..formats.scratch import set_tile
+
     keep_freed_memory()
+    set_tile(environment.chunk_bytes // 16)
     torch.set_grad_enabled(False)
     if environment.device == "cpu":
         if torch.get_num_threads() != environment.threads:

@@ -138,10 +138,8 @@ def _original_dtype(stored: Stored) -> str:
 
 
 def _legacy_marker(base: str, encoding: Encoding, markers: Markers) -> Entry | None:
-    """The description that ComfyUI's loader would give a legacy layer; it knows scales of whole tensors only."""
-    names = {"fp8": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2"}
-    name, scaling, _ = encoding.format
-    if encoding.dialect != "legacy" or name not in names or scaling != "tensor":
+    """The description that ComfyUI's loader gives a legacy layer, whatever the shape of its scales."""
+    label = {"fp8": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2"}.get(encoding.format[0])
+    if encoding.dialect != "legacy" or label is None:
         return None
-    flags = {"full_precision_matrix_mult": True} if markers.full_precision(base) else {}
-    return {"format": names[name], **flags}
+    return {"format": label, **({"full_precision_matrix_mult": True} if markers.full_precision(base) else {})}

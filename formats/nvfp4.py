@@ -80,21 +80,20 @@ class Nvfp4(Format):
         Works on planes, (16, n): the i-th weight of every block side by side, so that a block's scale and a sum over
         a block are element-wise operations on long contiguous runs.
         """
-        error = torch.empty_like(inverse)
+        sums = scratch("nvfp4_sums", (4, *inverse.shape), blocks.dtype, blocks.device)
         for part in tiles(blocks):
             rows = blocks[part]
             planes, scaled, delta, spare = scratch("nvfp4", (4, 16, len(rows)), rows.dtype, rows.device)
             # Split into 2 x 8 the copy escapes torch's special case for transposed matrices, which is slower here.
             planes.view(2, 8, -1).copy_(rows.view(-1, 2, 8).permute(1, 2, 0))
             planes.abs_()
-            halves = [(delta[:width], delta[width : 2 * width]) for width in (8, 4, 2)]
-            for candidate, total in zip(inverse[:, part], error[:, part], strict=True):
+            eight, rest, four, last = delta[:8], delta[8:], delta[:4], delta[4:8]
+            for candidate, total in zip(inverse[:, part], sums[..., part].unbind(1), strict=True):
                 torch.mul(planes, candidate, out=scaled)
                 E2M1.squared_error(scaled, delta, spare)
-                for left, right in halves:
-                    left.add_(right)
-                torch.add(delta[0], delta[1], out=total)
-        return error
+                eight.add_(rest)
+                torch.add(four, last, out=total)
+        return sums[:2].add_(sums[2:])[0].add_(sums[1])
 
     def encode_(self, x: torch.Tensor, scales: Scales) -> torch.Tensor:
         step = scales.multiplier

@@ -29,9 +29,15 @@ def scratch(key: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.
     return buffer[:nbytes].view(dtype).view(shape)
 
 
-def tiles(x: torch.Tensor, size: int = _TILE) -> Iterator[slice]:
-    """Ranges of the first dimension of ``x`` of about ``size`` elements (on a GPU: all of it at once)."""
+def set_tile(size: int) -> None:
+    """Lets this thread's tiles have ``size`` elements, if that is more than fit into its cache: see ``flow.budget``."""
+    _local.__dict__["tile"] = max(size, _TILE)
+
+
+def tiles(x: torch.Tensor, size: int = 0) -> Iterator[slice]:
+    """Ranges of the first dimension of ``x`` of about a tile, at least ``size`` elements (on a GPU: all at once)."""
     count = x.shape[0]
+    size = max(size, _local.__dict__.get("tile", _TILE))
     step = count if x.device.type != "cpu" else max(1, size * count // max(1, x.numel()))
     for start in range(0, count, max(1, step)):
         yield slice(start, min(start + step, count))

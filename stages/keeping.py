@@ -25,12 +25,12 @@ def keep(layer: Layer, reason: str) -> LayerPlan:
     """The plan of a layer that stays as it is.
 
     Quantized layers that ComfyUI's markers describe are passed through, others are decoded to the dtype that their
-    weight had: passed through without a description, their codes would be taken for numbers. What cannot be decoded is
-    passed through with its problem as the reason.
+    weight had: passed through without a description, their codes would be taken for numbers. What cannot be decoded can
+    only be passed through.
     """
     encoding = layer.encoding
     if encoding is None or encoding.dialect == "plain-fp8":
-        return _copy(layer, layer.problem or reason)
+        return _copy(layer, reason)
     if layer.marker is not None and _describes(layer.marker, encoding) and _legacy_input_scale(layer) is not None:
         return _copy(layer, reason)
     spec = layer.weight

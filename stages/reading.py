@@ -36,9 +36,14 @@ def chunk_elements(plan: LayerPlan, environment: Environment) -> int:
     """Weights in one chunk of a layer."""
     (rows, columns), steps = plan.layer.weight.shape, plan.steps
     encoding = plan.layer.encoding
-    row_bytes = (encoding.codes if encoding else plan.layer.weight).row_bytes
+    row_bytes = decoded_row_bytes(encoding) if encoding else plan.layer.weight.row_bytes
     multiple = getattr(steps[0], "multiple", 1)
     return min(rows, chunk_rows(row_bytes, environment.chunk_bytes, multiple)) * columns
+
+
+def decoded_row_bytes(encoding: Encoding) -> int:
+    """Bytes that a row counts when chunks are cut: as 16-bit weights, since work buffers grow with weights, not codes."""
+    return 2 * encoding.shape[1]
 
 
 def read_rows(reader: Reader, ref: TensorRef, rows: tuple[int, int], key: str) -> torch.Tensor:
@@ -131,7 +136,7 @@ class Decode:
             with ExitStack() as stack:
                 parts = (encoding.codes, encoding.scales, encoding.whole)
                 readers = {path: stack.enter_context(Reader(path)) for path in {ref.path for ref in parts if ref}}
-                for rows in row_chunks((start, stop), encoding.codes.row_bytes, work.environment, self.multiple):
+                for rows in row_chunks((start, stop), decoded_row_bytes(encoding), work.environment, self.multiple):
                     yield Chunk(rows[0], decode_rows(encoding, readers, rows, device))
 
         work.stream = stream

@@ -296,7 +296,7 @@ def packed_nvfp4(shape: Shape) -> Case:
     """compressed-tensors': row-major, first weight in the low nibble, the global scale divides."""
     four = np.random.default_rng(4).integers(0, 16, shape).astype(np.uint8)
     blocks = codes(E4M3[:0x7F], (shape[0], shape[1] // 16), seed=5)
-    divisor = np.float32(2711.5)
+    divisor = np.float32(2689.37)
     tensors = {
         ".weight_packed": tensor(four[:, 1::2] << 4 | four[:, 0::2]),
         ".weight_scale": tensor(blocks, torch.float8_e4m3fn),
@@ -369,6 +369,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "comfy nvfp4, unpadded": lambda: nvfp4((96, 160), described=False, scale_dtype=torch.uint8),
     "legacy fp8": lambda: _scalar(**_legacy()),
     "legacy fp8 with prefix": lambda: _scalar(shape=(1,), **_legacy("blocks.", 2)),
+    "legacy fp8 row": lambda: _rows((130, 70), flat=True, **{**_legacy(), "passes": False}),
     "legacy fp8_e5m2": lambda: _e5m2(**_legacy()),
     "deepseek blocks": lambda: _deepseek((130, 300), 128, deepseek(128)),
     "deepseek blocks of 64": lambda: _deepseek((130, 130), 64, deepseek(64)),

@@ -1,4 +1,4 @@
-"""Bad input, end to end through the command line: one clear message, the right status, nothing written, nothing lost."""
+"""Bad input, end to end through the command line: one clear message, the right status, nothing written or lost."""
 
 from __future__ import annotations
 
@@ -79,9 +79,7 @@ def test_header_length_beyond_the_file(bench: Bench) -> None:
 
 def test_header_length_over_the_limit(bench: Bench) -> None:
     path = bench.folder / "in.safetensors"
-    with path.open("wb") as file:
-        file.write((150_000_000).to_bytes(8, "little") + b"{")
-        file.truncate(200_000_000)  # sparse
+    path.write_bytes((150_000_000).to_bytes(8, "little") + b"{}")
     bench.refused(path, "in.safetensors: header length 150000000 exceeds 100000000")
 
 
@@ -93,7 +91,7 @@ def test_header_length_over_the_limit(bench: Bench) -> None:
     ('{"a": NaN}', "NaN is not JSON"),
     ('{"a": ' + '{"b":' * 100_000, "nested too deep"),
     ('{"a.weight": {}, "a.weight": {}}', "duplicate key 'a.weight'"),
-    ('{"a.weight": {"dtype": "F32", "dtype": "F16", "shape": [2, 2], "data_offsets": [0, 16]}}', "duplicate key 'dtype'"),
+    ('{"a": {"dtype": "F32", "dtype": "F16", "shape": [2, 2], "data_offsets": [0, 16]}}', "duplicate key 'dtype'"),
     ('{"__metadata__": {"a": 1}}', "__metadata__ key 'a' holds 1, not a string"),
     ('{"a.weight": 5}', "tensor 'a.weight': entry is 5, not an object"),
 ])  # fmt: skip
@@ -139,6 +137,9 @@ def test_a_truncated_file(bench: Bench) -> None:
 # -- folders and indexes -----------------------------------------------------------------------------------------------
 
 
+FIRST = "model-00001-of-00003.safetensors"
+
+
 @pytest.fixture
 def folder(bench: Bench) -> Path:
     return write_folder(bench.folder / "model")
@@ -166,13 +167,14 @@ def test_a_missing_shard(bench: Bench, folder: Path) -> None:
 
 
 def test_a_key_that_its_shard_lacks(bench: Bench, folder: Path) -> None:
-    change_index(folder, lambda index: index["weight_map"].update({"ghost.weight": "model-00001-of-00003.safetensors"}))
-    bench.refused(folder, "tensor 'ghost.weight' is missing from shard model-00001-of-00003.safetensors: no shard has it")
+    change_index(folder, lambda index: index["weight_map"].update({"ghost.weight": FIRST}))
+    bench.refused(folder, f"tensor 'ghost.weight' is missing from shard {FIRST}: no shard has it")
 
 
 def test_a_key_that_another_shard_has(bench: Bench, folder: Path) -> None:
-    change_index(folder, lambda index: index["weight_map"].update(dict.fromkeys(("odd.weight", "conv.weight"), "model-00001-of-00003.safetensors")))  # fmt: skip
-    bench.refused(folder, "is missing from shard model-00001-of-00003.safetensors: it is in ")
+    names = ("odd.weight", "conv.weight")
+    change_index(folder, lambda index: index["weight_map"].update(dict.fromkeys(names, FIRST)))
+    bench.refused(folder, f"is missing from shard {FIRST}: it is in ")
 
 
 @pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/secret.safetensors", "a/../../secret.safetensors",
@@ -190,13 +192,13 @@ def test_an_index_that_leaves_the_folder(name: str, bench: Bench, folder: Path) 
 ])  # fmt: skip
 def test_a_broken_index(text: str, words: str, bench: Bench, folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(text)
-    bench.refused(folder, "model.safetensors.index.json: index", words)
+    bench.refused(folder, "model.safetensors.index.json: ", words)
 
 
 def test_a_tensor_in_two_files(bench: Bench, folder: Path) -> None:
     (folder / "model.safetensors.index.json").unlink()
-    (folder / "model-00004-of-00003.safetensors").write_bytes((folder / "model-00001-of-00003.safetensors").read_bytes())
-    bench.refused(folder, "is in two files", "model-00001-of-00003.safetensors and ", "model-00004-of-00003.safetensors")
+    (folder / "model-copy.safetensors").write_bytes((folder / FIRST).read_bytes())
+    bench.refused(folder, "is in two files", f"{FIRST} and ", "model-copy.safetensors")
 
 
 def test_no_safetensors_at_all(bench: Bench) -> None:
@@ -206,7 +208,7 @@ def test_no_safetensors_at_all(bench: Bench) -> None:
     (empty / "notes.txt").write_text("")
     bench.refused(empty, "found notes.txt")
     (empty / "pytorch_model.bin").write_bytes(b"PK\3\4")
-    bench.refused(empty, "found pytorch_model.bin, which is a pickle, which can run code; convert it to safetensors first")
+    bench.refused(empty, "found pytorch_model.bin, which is a pickle, which can run code; convert it to safetensors")
     bench.refused(bench.folder / "none", "none: does not exist")
     bench.refused(bench.folder / "*.safetensors", "no safetensors file matches this pattern")
 
@@ -245,8 +247,8 @@ def test_weights_that_are_no_numbers(name: str, value: float, bench: Bench, monk
     monkeypatch.setattr(budget, "CPU_CHUNK_BYTES", 10_000)
     path = broken_weights(bench.folder / "in.safetensors", value)
     options = tuple(word for key, text in FORMATS[name].items() for word in (f"--{key.replace('_', '-')}", text))
-    bench.refused(path, "in.safetensors: blocks.1.mlp.down.weight: 3 of 32768 weights are NaN or Inf, the first at [77, 5]",
-                  "--nonfinite keep", options=options)  # fmt: skip
+    wanted = "3 of 32768 weights are NaN or Inf, the first at [77, 5]"
+    bench.refused(path, f"in.safetensors: blocks.1.mlp.down.weight: {wanted}", "--nonfinite keep", options=options)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -269,8 +271,9 @@ def test_keeping_what_is_no_number(name: str, bench: Bench, cli: Cli) -> None:
     assert done.status == 0, done.err
     assert "kept 1 layer: 3 weights are NaN or Inf, the first at [77, 5]" in done.out
     assert "6 layers quantized" in done.out
-    before, after = load_file(path), load_file(out)
-    assert torch.equal(before["blocks.1.mlp.down.weight"].view(torch.int32), after["blocks.1.mlp.down.weight"].view(torch.int32))
+    after = load_file(out)
+    kept = [tensors["blocks.1.mlp.down.weight"].view(torch.int32) for tensors in (load_file(path), after)]
+    assert torch.equal(*kept)
     assert "blocks.1.mlp.down.comfy_quant" not in after
     assert "blocks.0.mlp.down.comfy_quant" in after
     assert cli("verify", out, "--against", path).status == 0
@@ -295,8 +298,8 @@ def test_kept_tensors_may_hold_anything(bench: Bench, cli: Cli) -> None:
     (("--format", "mxpf8"), "unknown format 'mxpf8'; did you mean 'mxfp8'"),
     (("--preset", "flux22"), "unknown preset 'flux22'; did you mean 'flux2'"),
     (("--scaling", "column"), "no scaling 'column'"),
-    (("--include", "(unclosed"), "include '(unclosed'"),
-    (("--exclude", "[z-a]"), "exclude '[z-a]'"),
+    (("--include", "(unclosed"), "include: '(unclosed' is not a regular expression"),
+    (("--exclude", "[z-a]"), "exclude: '[z-a]' is not a regular expression"),
     (("--include", "blocks.7"), "include 'blocks.7' matches no layer"),
     (("--memory", "lots"), "--memory 'lots' is no size"),
 ])  # fmt: skip
@@ -336,7 +339,7 @@ def test_a_budget_that_is_too_small(bench: Bench) -> None:
     path = write_file(bench.folder / "in.safetensors")
     message = bench.refused(path, "needs ", " at a time", "do not fit in the memory budget of 1.00 MB; raise --memory",
                             options=("--memory", "1MB"))  # fmt: skip
-    assert any(name in message for name in make_tensors())
+    assert any(name.removesuffix(".weight") in message for name in make_tensors())
 
 
 def test_a_disk_that_is_too_small(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -393,7 +396,7 @@ def test_a_path_that_cannot_be_written(bench: Bench) -> None:
         done = bench.cli("convert", path, output, "--format", "fp8")
         assert (done.status, done.out) == (1, "")
         assert done.err.splitlines()[-1].startswith("error: ")
-        assert str(output)[:20] in done.err
+        assert str(Path(output).parent) in done.err
         assert "Traceback" not in done.err
     assert listing(bench.folder) == before
 

@@ -475,6 +475,27 @@ def test_verify_against_several_files(cli: Cli, sharded: Path, tmp_path: Path) -
     assert done.status == 0, done.err
 
 
+def test_verify_and_inspect_folders(cli: Cli, sharded: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert cli("convert", sharded, out, "--format", "mxfp8", "--shard-size", "100KB", "-q").status == 0
+    done = cli("verify", out, "--against", sharded, "--json")
+    assert done.status == 0
+    assert len(json.loads(done.out)["layers"]) == TENSORS
+    found = json.loads(cli("inspect", out, "--json").out)
+    assert found["formats"]["mxfp8"]["layers"] == LINEAR
+    assert len(found["files"]) > 1
+
+
+def test_verify_against_a_quantized_source(cli: Cli, checkpoint: Path, tmp_path: Path) -> None:
+    middle, out = tmp_path / "middle.safetensors", tmp_path / "out.safetensors"
+    assert cli("convert", checkpoint, middle, *flags(FORMATS["fp8 block"]), "-q").status == 0
+    assert cli("convert", middle, out, "--format", "nvfp4", "--exclude", "mlp", "-q").status == 0
+    done = cli("verify", out, "--against", middle)
+    assert done.status == 0, done.out
+    assert cli("verify", out, "--against", checkpoint).status == 0
+    assert cli("verify", checkpoint, "--against", middle).status == 1  # the source of it all is not what it decodes to
+
+
 def test_inspect(cli: Cli, converted: Converted, checkpoint: Path) -> None:
     done = cli("inspect", checkpoint)
     assert (done.status, done.err) == (0, "")

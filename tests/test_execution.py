@@ -271,11 +271,12 @@ def test_edges_between_tasks_are_numbers(source: Path, tmp_path: Path, monkeypat
 
 
 def test_a_hundred_thousand_tensors_are_few_tasks(tmp_path: Path) -> None:
-    """Small tensors share tasks: the scheduler must not cost more than the work."""
+    """Small tensors share tasks: the scheduler must not cost more than the work, and a task not keep workers idle."""
     plan = plan_of(write_file(tmp_path / "in.safetensors", {f"b.{n}.weight": torch.zeros(4, 32) for n in range(2000)}),
                    tmp_path / "out.safetensors")  # fmt: skip
     tasks, keys = submission(plan.layers, Environment())
-    assert len(tasks) == len(keys) == 1
+    assert len(tasks) == len(keys) == 8
+    assert max(len(batch) for batch in batches(plan.layers)) == graph.BATCH_LAYERS
 
 
 # -- running -----------------------------------------------------------------------------------------------------------

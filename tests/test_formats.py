@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from fractions import Fraction
 from itertools import pairwise
@@ -10,7 +11,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numerics import Quantized, decode, padded, quantize, row_multiplier, spread, squared_errors, whole_of
+from numerics import (  # noqa: F401
+    Quantized,
+    decode,
+    one_thread,
+    padded,
+    quantize,
+    row_multiplier,
+    spread,
+    squared_errors,
+    whole_of,
+)
 
 from quantloom.formats.elements import (
     E2M1,
@@ -43,7 +54,7 @@ FORMAT_CASES = [
 CASES = [
     pytest.param(make_format(*case), search, id="-".join(str(part) for part in (*case, "mse" if search else 0) if part))
     for case in FORMAT_CASES
-    for search in (False, True)
+    for search in ((False, True) if make_format(*case).searches else (False,))
 ]
 NEAREST = [case for case in CASES if not case.values[1]]
 every_case = pytest.mark.parametrize(("fmt", "search"), CASES)
@@ -112,7 +123,7 @@ def test_every_registered_format_is_covered() -> None:
 
 
 @every_case
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(data=st.data())
 def test_row_ranges_equal_the_whole_tensor(fmt: Format, search: bool, data: st.DataObject) -> None:
     shape = data.draw(st.sampled_from(list(shapes_of(fmt))))
@@ -125,21 +136,20 @@ def test_row_ranges_equal_the_whole_tensor(fmt: Format, search: bool, data: st.D
 @every_case
 def test_row_ranges_beyond_one_tile(fmt: Format, search: bool) -> None:
     """Work is done in cache-sized tiles: their edges must not show either."""
-    weight = weights("normal", (176, 3 * 512))
-    assert same(in_pieces(fmt, weight, search, [16, 112]), quantize(fmt, weight, search))
+    weight = weights("normal", (112, 2 * 512))
+    assert same(in_pieces(fmt, weight, search, [16, 96]), quantize(fmt, weight, search))
 
 
 @every_case
 def test_threads_make_no_difference(fmt: Format, search: bool) -> None:
-    weight, results, before = weights("outliers", (160, 2048)), [], torch.get_num_threads()
+    weight, before = weights("outliers", (96, 1024)), torch.get_num_threads()
     try:
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
-            results.append(quantize(fmt, weight, search))
+        torch.set_num_threads(1)
+        one = quantize(fmt, weight, search)
+        torch.set_num_threads(3)
+        assert same(quantize(fmt, weight, search), one)
     finally:
         torch.set_num_threads(before)
-    assert same(results[0], results[1])
-    assert same(results[0], results[2])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -147,7 +157,7 @@ def test_threads_make_no_difference(fmt: Format, search: bool) -> None:
 def test_codes_are_the_nearest(fmt: Format, search: bool, kind: str) -> None:
     """No other code of the grid is nearer to weight / scale, and so no error exceeds half a step of the grid."""
     grid = grid_of(GRIDS[fmt.name])
-    for shape in shapes_of(fmt):
+    for shape in list(shapes_of(fmt))[:3]:
         weight = weights(kind, shape)
         quantized = quantize(fmt, weight, search)
         x, decoded = padded(fmt, weight).double(), decode(fmt, quantized).double()
@@ -208,6 +218,13 @@ def test_zero_groups(fmt: Format, search: bool) -> None:
             assert (stored > 0).all()
         assert not quantized.codes[16:32].view(torch.uint8).any()
         assert not decode(fmt, quantized)[16:32].any()
+
+
+@pytest.mark.parametrize(("fmt", "search"), NEAREST)
+def test_formats_that_do_not_search(fmt: Format, search: bool) -> None:
+    """Asked to search, they give the scales that they give otherwise."""
+    weight = weights("outliers", (48, 64))
+    assert fmt.searches or same(quantize(fmt, weight, not search), quantize(fmt, weight, search))
 
 
 @every_case
@@ -378,7 +395,8 @@ def test_e8m0_exponents_are_exact() -> None:
         if amax == 0.0:
             assert exponent == 0
             continue
-        needed = next(e for e in range(-140, 128) if Fraction(amax) <= 448 * Fraction(2) ** e)
+        near = math.frexp(amax)[1] - 12
+        needed = next(e for e in range(near, near + 9) if Fraction(amax) <= 448 * Fraction(2) ** e)
         assert exponent == min(max(needed + 127, 1), 254), amax
 
 

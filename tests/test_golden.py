@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from numerics import decode, padded, quantize
+from numerics import decode, one_thread, padded, quantize  # noqa: F401
 from safetensors.torch import load_file
 
 from quantloom.formats.format import Format

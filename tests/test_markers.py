@@ -28,6 +28,13 @@ def test_the_header_wins_and_its_names_lack_the_model_prefix(tmp_path: Path) -> 
     assert markers == {"b0": {"format": "float8_e4m3fn"}, "b1": flagged, "b2": flagged}
 
 
+def test_what_the_header_does_not_repeat_is_gone(tmp_path: Path) -> None:
+    case = CASES["comfy fp8"]()
+    case.marker = {"format": "float8_e4m3fn", "full_precision_matrix_mult": True}
+    path = save(tmp_path, case.stored(), header={"layers": {LAYER: {"format": "float8_e4m3fn"}}})
+    assert layer_of(path).marker == {"format": "float8_e4m3fn"}
+
+
 def test_names_of_the_header_are_found_below_a_prefix_with_few_keys(tmp_path: Path) -> None:
     case = CASES["comfy fp8"]()
     marker, case.marker = case.marker, None

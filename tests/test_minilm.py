@@ -45,7 +45,7 @@ FORMATS: dict[str, tuple[dict[str, Any], float, float]] = {
     "mxfp8": ({"format": "mxfp8"}, 0.03, 0.99),
     "nvfp4": ({"format": "nvfp4"}, 0.09, 0.97),
 }
-"""Options, bound of the relative error of any layer (some have weights of 170 times their rms), of any sentence's cosine."""
+"""Options, bound of any layer's relative error (some have weights of 170 times their rms), of any sentence's cosine."""
 
 
 @pytest.fixture(scope="module")
