@@ -83,12 +83,13 @@ def main() -> None:
             on_device, on_cpu = folder / "device.safetensors", folder / "cpu.safetensors"
             seconds = convert(source, on_device, case, arguments.device)
             peak = torch.cuda.max_memory_allocated() / 1e6 if torch.cuda.is_available() else 0
-            cpu, equal = "-", "-"
+            cpu, equal = "- | -", "-"
             if not arguments.skip_cpu:
                 cpu_seconds = convert(source, on_cpu, case, "cpu")
                 cpu = f"{cpu_seconds:.2f} | {size / cpu_seconds:.2f}"
                 equal = str(filecmp.cmp(on_device, on_cpu, shallow=False))
-            print(f"| {' | '.join(case)} | {seconds:.2f} | {size / seconds:.2f} | {cpu} | {equal} | {peak:.0f} |", flush=True)
+            cells = [*case, f"{seconds:.2f}", f"{size / seconds:.2f}", cpu, equal, f"{peak:.0f}"]
+            print(f"| {' | '.join(cells)} |", flush=True)
     finally:
         shutil.rmtree(folder)
     print(json.dumps({"gb": size}))

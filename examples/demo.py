@@ -37,22 +37,24 @@ def convert(source: Path, form: str) -> tuple[Report, Verification]:
 def show(console: Console, results: dict[str, tuple[Report, Verification]]) -> None:
     """One row per layer, then the totals."""
     forms = list(results)
-    table = Table("layer", "shape", header_style="bold", title="relative error ||W' - W|| / ||W|| of every quantized layer")
+    title = "relative error ||W' - W|| / ||W|| of every quantized layer"
+    table = Table("layer", "before", header_style="bold", title=title)
     for form in forms:
         table.add_column(form, justify="right")
         table.add_column("bytes", justify="right")
     sizes = {form: {layer.name: layer for layer in report.layers} for form, (report, _) in results.items()}
     errors = {form: {layer.name: layer.error for layer in check.layers} for form, (_, check) in results.items()}
     for name, layer in sizes[forms[0]].items():
-        cells = [cell for form in forms for cell in (f"{errors[form][name]:.5f}", show_size(sizes[form][name].nbytes_out))]
-        table.add_row(name, show_size(layer.nbytes_in), *cells)
-    table.columns[1].header = "before"
+        cells = [(f"{errors[form][name]:.5f}", show_size(sizes[form][name].nbytes_out)) for form in forms]
+        table.add_row(name, show_size(layer.nbytes_in), *(text for pair in cells for text in pair))
     console.print(table)
     for form, (report, check) in results.items():
         verdict = "verified" if check.ok else f"BROKEN: {check.problems[:3]}"
         console.print(
-            f"{form:6s} {show_size(report.nbytes_in)} -> {show_size(report.nbytes_out)} ({report.ratio:.1%}) in "
-            f"{show_seconds(report.seconds)}, peak memory {show_size(report.peak_bytes)}; read back and {verdict}: {report.output}"
+            f"{form}: {show_size(report.nbytes_in)} -> {show_size(report.nbytes_out)} ({report.ratio:.1%}) in "
+            f"{show_seconds(report.seconds)}, peak memory {show_size(report.peak_bytes)}; "
+            f"read back and {verdict}: {report.output}",
+            soft_wrap=True,
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -99,8 +100,6 @@ class Display:
         self.began = self.said = 0.0
 
     def start(self, plan: Plan, budget: Budget) -> None:
-        import time
-
         import psutil
 
         self.process, self.budget = psutil.Process(), budget
@@ -120,37 +119,31 @@ class Display:
     def _start_bars(self) -> None:
         from rich import progress
 
-        self.bars = progress.Progress(
-            progress.TextColumn("{task.description}"), progress.BarColumn(), progress.TaskProgressColumn(),
-            progress.DownloadColumn(), progress.TransferSpeedColumn(), progress.TimeRemainingColumn(),
-            progress.TextColumn("{task.fields[layers]} layers, {task.fields[memory]}"),
-            console=self.console, transient=True,
-        )  # fmt: skip
+        # Rich's own speed is that of the last few updates, which come in bursts.
+        columns = progress.BarColumn(bar_width=20), progress.TextColumn("{task.description}")
+        self.bars = progress.Progress(*columns, console=self.console, transient=True)
         self.bars.start()
-        self.task = self.bars.add_task("converting", total=self.total_bytes, **self._fields())
+        self.task = self.bars.add_task(self._status(), total=self.total_bytes)
 
-    def _fields(self) -> dict[str, Any]:
-        memory = f"{show_size(self.process.memory_info().rss)} of {show_size(self.budget.limit)}"
-        return {"layers": f"{self.layers}/{self.total_layers}", "memory": memory}
+    def _status(self) -> str:
+        """Share, bytes, layers, mean rate, time left at that rate, memory."""
+        rate = self.bytes / max(time.perf_counter() - self.began, 1e-9)
+        left = f"{show_seconds((self.total_bytes - self.bytes) / rate)} left" if self.bytes else "no estimate yet"
+        return (
+            f"{self.bytes / max(1, self.total_bytes):4.0%}  {show_size(self.bytes)} of {show_size(self.total_bytes)}, "
+            f"{self.layers}/{self.total_layers} layers, {rate / 1e9:.2f} GB/s, {left}, "
+            f"memory {show_size(self.process.memory_info().rss)} of {show_size(self.budget.limit)}"
+        )
 
     def advance(self, receipts: Sequence[Receipt]) -> None:
-        import time
-
         self.bytes += sum(receipt.nbytes_in for receipt in receipts)
         self.layers += sum(receipt.first for receipt in receipts)
-        if self.bars:
-            self.bars.update(self.task, completed=self.bytes, **self._fields())
-            return
         now = time.perf_counter()
-        if now - self.said >= PLAIN_SECONDS and self.bytes:
+        if self.bars:
+            self.bars.update(self.task, completed=self.bytes, description=self._status())
+        elif now - self.said >= PLAIN_SECONDS:
             self.said = now
-            rate = self.bytes / (now - self.began)
-            left = show_seconds((self.total_bytes - self.bytes) / rate)
-            self.console.print(
-                f"{self.bytes / self.total_bytes:4.0%}  {show_size(self.bytes)} of {show_size(self.total_bytes)}, "
-                f"{self.layers}/{self.total_layers} layers, {rate / 1e9:.2f} GB/s, {left} left, "
-                f"memory {self._fields()['memory']}"
-            )
+            self.console.print(self._status())
 
     def stop(self) -> None:
         if self.bars:

@@ -150,6 +150,13 @@ def plan_layers(recipe: Recipe) -> tuple[Source, list[LayerPlan], Context]:
     found = group_layers(source)
     _refuse_shared_names(found)
     layers = [keep(layer, _first_reason(layer)) for layer in found]
+    unreadable = [layer for layer in found if layer.problem]
+    if unreadable:
+        first = f"{unreadable[0].name}: {unreadable[0].problem}"
+        context.warnings.append(
+            f"{len(unreadable)} quantized layers are passed through as they are; a client that does not know their "
+            f"coding would take the codes for numbers. The first: {first}"
+        )
     for stage in _with_target(recipe.stages):
         layers = stage.plan(layers, context)
     return source, layers, context

@@ -12,7 +12,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 def prepare_thread(environment: Environment) -> None:
-    """Torch's threads for this task, so that workers times threads stay within the cores; no gradients; a CUDA stream."""
+    """Torch's threads for this task, so that workers times threads stay within the cores; no gradients; a stream."""
     import torch
 
     from ..formats.scratch import set_tile
@@ -33,8 +33,8 @@ def prepare_thread(environment: Environment) -> None:
 def keep_freed_memory() -> None:
     """Lets glibc reuse buffers of a few megabytes instead of returning them to the system after every operation.
 
-    Otherwise each temporary of a chunk is mapped and faulted in anew (measured: 640,000 page faults instead of 13,000 in
-    a 2 GB NVFP4 conversion), and threads queue for the address space. Elsewhere than on Linux nothing is done.
+    Otherwise each temporary of a chunk is mapped and faulted in anew (measured: 640,000 page faults instead of 13,000
+    in a 2 GB NVFP4 conversion), and threads queue for the address space. Elsewhere than on Linux nothing is done.
     """
     if not sys.platform.startswith("linux"):
         return

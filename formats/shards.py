@@ -79,6 +79,6 @@ def index_file(shards: Sequence[Shard]) -> tuple[Path, bytes] | None:
 
 
 def stem_of(files: Sequence[Path]) -> str:
-    """The file name that shards of a folder share, as their clients look for it: ``model``, ``diffusion_pytorch_model``."""
+    """The file name that a folder's shards share, as clients look for it: ``model``, ``diffusion_pytorch_model``."""
     stems = {re.sub(r"(-\d{5}-of-\d{5})?\.safetensors$", "", path.name) for path in files}
     return stems.pop() if len(stems) == 1 else "model"

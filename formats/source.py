@@ -110,7 +110,7 @@ def _open_list(paths: list[Path]) -> Source:
 
 def _open_glob(pattern: str) -> Source:
     # Path.glob refuses absolute patterns and finds hidden files.
-    matches = [Path(match) for match in glob.glob(pattern, recursive=True)]  # noqa: PTH207
+    matches = [Path(match) for match in glob.glob(pattern, recursive=True)]
     files = [path for path in matches if path.name.endswith(".safetensors") and not path.is_dir()]
     if not files:
         raise CheckpointError(f"{pattern}: no safetensors file matches this pattern; {_found_instead(matches)}")

@@ -42,7 +42,7 @@ def chunk_elements(plan: LayerPlan, environment: Environment) -> int:
 
 
 def decoded_row_bytes(encoding: Encoding) -> int:
-    """Bytes that a row counts when chunks are cut: as 16-bit weights, since work buffers grow with weights, not codes."""
+    """Bytes that a row counts when chunks are cut: as 16-bit weights, since buffers grow with weights, not codes."""
     return 2 * encoding.shape[1]
 
 

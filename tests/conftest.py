@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from checkpoints import Ran, write_file, write_folder
+from numerics import one_thread  # noqa: F401  (an autouse fixture)
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from io import FileIO
 from typing import TYPE_CHECKING, Any
 
 import pytest
+
 from quantloom.formats import fileio
 from quantloom.formats.errors import CheckpointError, SinkError
 

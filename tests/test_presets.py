@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from quantloom.formats.errors import UsageError
 from quantloom.stages.presets import detect_preset, find_preset, load_presets
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from quantloom.formats.errors import UsageError
 from quantloom.stages.rules import Rule, literal_characters, load_rules, match_rules
 

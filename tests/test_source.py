@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from quantloom.formats import source as source_module
 from quantloom.formats.errors import CheckpointError
 from quantloom.formats.safetensors import layout

@@ -8,6 +8,7 @@ import pickle
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from quantloom.formats.errors import UsageError
 from quantloom.stages.naming import (
     ROUTER,
