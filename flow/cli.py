@@ -9,14 +9,18 @@ import contextlib
 import signal
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from .. import __version__
+from ..formats.errors import QuantloomError
 from ..formats.registry import FORMATS
 from . import console
 from .options import JSON, RUNNING, TALKING, TARGETING, add_options, build_recipe
+
+if TYPE_CHECKING:
+    from .plan import Plan
 
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
@@ -76,6 +80,8 @@ def plan(source: str, destination: str | None, quiet: bool, verbose: int, as_jso
         recipe = build_recipe((source,), destination or _unused_name(), options)
         made = make_plan(recipe)
         budget = make_budget(made.layers, recipe.run, "")
+        if destination:
+            made = _with_refusal(made)
         if as_json:
             console.print_json(made.to_dict(budget))
         elif not quiet:
@@ -83,6 +89,19 @@ def plan(source: str, destination: str | None, quiet: bool, verbose: int, as_jso
         return 0
 
     return console.guarded(action)
+
+
+def _with_refusal(made: Plan) -> Plan:
+    """The plan with a warning where convert would not even start: the output exists, the disk is too small."""
+    from dataclasses import replace
+
+    from .sink import check_output
+
+    try:
+        check_output(made)
+    except QuantloomError as error:
+        return replace(made, warnings=(*made.warnings, f"convert would refuse: {error}"))
+    return made
 
 
 def _unused_name() -> str:

@@ -11,8 +11,8 @@ from dataclasses import replace
 from ..stages.quantize import Quantize
 from ..stages.scaling import count_nonfinite
 from ..stages.work import Environment, LayerPlan, Work
-from .budget import CPU_CHUNK_BYTES
 from .plan import Plan, make_plan
+from .threads import map_layers
 
 
 def settle_nonfinite(plan: Plan) -> Plan:
@@ -21,14 +21,13 @@ def settle_nonfinite(plan: Plan) -> Plan:
     if quantize.nonfinite != "keep":
         return plan
     reasons = {}
-    for layer in plan.quantized:
-        count, first = _scan(layer)
+    for layer, (count, first) in zip(plan.quantized, map_layers(_scan, plan.quantized), strict=True):
         if count:
             assert first is not None
             reasons[layer.layer.name] = f"{count} weights are NaN or Inf, the first at {list(first)}"
     return make_plan(plan.recipe, reasons) if reasons else plan
 
 
-def _scan(layer: LayerPlan) -> tuple[int, tuple[int, int] | None]:
-    work = Work(replace(layer, parts=()), (0, layer.rows), Environment(chunk_bytes=CPU_CHUNK_BYTES))
+def _scan(layer: LayerPlan, environment: Environment) -> tuple[int, tuple[int, int] | None]:
+    work = Work(replace(layer, parts=()), (0, layer.rows), environment)
     return count_nonfinite(layer.steps[0].run(work))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .plan import Plan
     from .report import Report
 
-Paths = str | os.PathLike[str] | list[str | os.PathLike[str]] | tuple[str | os.PathLike[str], ...]
+Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 
 class Pipeline:
@@ -65,7 +65,7 @@ class Pipeline:
 
     def read(self, source: Paths) -> Pipeline:
         """A checkpoint: a .safetensors file, a folder, an index.json, a glob, or a list of files."""
-        paths = source if isinstance(source, list | tuple) else [source]
+        paths = [source] if isinstance(source, str | os.PathLike) else source
         return self._with(replace(self._recipe, source=tuple(os.fspath(path) for path in paths)))
 
     def stage(self, verb: str, **options: Any) -> Pipeline:

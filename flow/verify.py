@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 
+from ..formats.errors import UsageError
 from ..formats.fileio import Reader
 from ..formats.layers import Layer, group_layers
+from ..formats.reduce import absmax
 from ..formats.source import Source, open_source
 from ..formats.tensors import torch_dtype
 from ..stages.reading import Decode, Read
 from ..stages.work import Environment, LayerPlan, Work
-from .budget import CPU_CHUNK_BYTES, cores
+from .budget import CPU_CHUNK_BYTES
 from .inspect import describe
-from .runner import prepare_thread
+from .threads import map_layers
 
 ERROR_BOUNDS = {"": 0.01, "fp8": 0.06, "fp8_e5m2": 0.12, "int8": 0.25, "mxfp8": 0.06, "nvfp4": 0.18}
 """Relative errors that no sound layer reaches; a wrong layout, nibble order or scale gives 0.6 and more.
@@ -33,6 +33,10 @@ WEIGHT_BOUNDS = {
 """How far a single weight may be off: a share of itself (NVFP4: of the largest of its block) plus a share of the
 largest weight of the layer. That is a whole step of the format's grid and its smallest step, so that one flipped
 exponent is found among millions of weights."""
+
+
+_RANGE_WEIGHTS = 1 << 18
+"""Weights that are compared at a time: their float32 forms stay in a core's cache."""
 
 
 @dataclass(frozen=True)
@@ -95,9 +99,7 @@ def verify(output: str, against: str | list[str], workers: int | None = None) ->
     ours = {layer.name: layer for layer in group_layers(made)}
     theirs = {layer.name: layer for layer in group_layers(source)}
     common = [name for name in theirs if name in ours]
-    environment = Environment(chunk_bytes=CPU_CHUNK_BYTES)
-    with ThreadPoolExecutor(workers or cores()) as pool:
-        checks = list(pool.map(lambda name: _check(ours[name], theirs[name], environment), common))
+    checks = map_layers(lambda name, environment: _check(ours[name], theirs[name], environment), common, workers)
     removed = _removed(made, [name for name in theirs if name not in ours])
     return Verification(
         output, ", ".join(against) if isinstance(against, list) else against, tuple(checks),
@@ -116,12 +118,11 @@ def _removed(made: Source, missing: list[str]) -> set[str]:
         stages = json.loads(made.metadata["quantloom"])["recipe"]["stages"]
         name = next(stage["preset"] for stage in stages if stage["stage"] == "target")
         return set() if name in ("auto", "none") else set(find_preset(name).removed(missing))
-    except (KeyError, ValueError, StopIteration, TypeError):
+    except (KeyError, ValueError, StopIteration, TypeError, UsageError):
         return set()
 
 
 def _check(made: Layer, source: Layer, environment: Environment) -> LayerCheck:
-    prepare_thread(environment)
     form = describe(made) if made.encoding else ""
     if made.problem:
         same = made.problem == source.problem and [t.nbytes for t in made.tensors] == [t.nbytes for t in source.tensors]
@@ -191,46 +192,54 @@ class _Comparison:
 def _compare(made: Layer, source: Layer, environment: Environment) -> _Comparison:
     found, first = _Comparison(numel=source.weight.numel), 0
     name = made.encoding.format[0] if made.encoding else ""
-    for ours, theirs in zip(_rows(made, environment), _rows(source, environment), strict=True):
+    if len(made.weight.shape) != 2:
+        pairs = iter([(_whole(made), _whole(source))])
+    else:
+        rows = max(1, _RANGE_WEIGHTS // made.weight.shape[1])
+        pairs = zip(_rows(made, rows, environment), _rows(source, rows, environment), strict=True)
+    for ours, theirs in pairs:
         distance, magnitude = (ours - theirs).abs_(), theirs.abs()
-        found.difference += float(distance.square().sum(dtype=torch.float64))
-        found.weight += float(theirs.square().sum(dtype=torch.float64))
+        found.difference += _sum(distance.square())
+        found.weight += _sum(theirs.square())
         found.amax = max(found.amax, float(magnitude.max()))
-        distance -= (_block_amax(magnitude) if name == "nvfp4" else magnitude) * WEIGHT_BOUNDS[name][0]
-        worst = int(distance.argmax())
-        if float(distance.view(-1)[worst]) > found.excess:
-            found.excess = float(distance.view(-1)[worst])
-            row, column = divmod(worst, theirs.shape[-1]) if theirs.dim() > 1 else (0, worst)
+        share = _block_amax(theirs) if name == "nvfp4" else magnitude
+        distance.sub_(share, alpha=WEIGHT_BOUNDS[name][0])
+        if float(distance.max()) > found.excess:
+            worst = int(distance.argmax())
+            found.excess = float(distance[worst // theirs.shape[1], worst % theirs.shape[1]])
             values = float(ours.reshape(-1)[worst]), float(theirs.reshape(-1)[worst])
-            found.where = f"weight [{first + row}, {column}] is {values[0]:.6g}, the source has {values[1]:.6g}"
+            place = f"[{first + worst // theirs.shape[1]}, {worst % theirs.shape[1]}]"
+            found.where = f"weight {place} is {values[0]:.6g}, the source has {values[1]:.6g}"
         first += theirs.shape[0]
     return found
 
 
-def _block_amax(magnitude: torch.Tensor) -> torch.Tensor:
-    """The largest of each 16 consecutive weights of a row, in the place of all of them."""
-    rows, columns = magnitude.shape
-    blocks = torch.nn.functional.pad(magnitude, (0, -columns % 16)).view(rows, -1, 16).amax(dim=2, keepdim=True)
-    return blocks.expand(-1, -1, 16).reshape(rows, -1)[:, :columns]
+def _sum(x: torch.Tensor) -> float:
+    """Sum in float64 of float32 rows, added up row by row first: several times as fast as float64 throughout."""
+    return float(x.sum(dim=1).sum(dtype=torch.float64))
 
 
-def _rows(layer: Layer, environment: Environment) -> Iterator[torch.Tensor]:
-    """Float32 rows of a layer, in ranges of 256 whatever the storage, so that two layers can be walked together."""
+def _block_amax(x: torch.Tensor) -> torch.Tensor:
+    """The largest magnitude of each 16 consecutive weights of a row, in the place of all of them."""
+    rows, columns = x.shape
+    padded = torch.nn.functional.pad(x, (0, -columns % 16)) if columns % 16 else x
+    blocks = absmax(padded.view(rows, -1, 16))
+    return blocks[:, :, None].expand(-1, -1, 16).reshape(rows, -1)[:, :columns]
+
+
+def _rows(layer: Layer, rows: int, environment: Environment) -> Iterator[torch.Tensor]:
+    """Float32 rows of a layer, ``rows`` at a time whatever the storage, so that two layers can be walked together."""
+    environment = replace(environment, chunk_bytes=1)  # a chunk is then ``multiple`` rows
     plan = LayerPlan(layer, (), ())
-    step = Decode() if layer.encoding else Read()
-    work = step.run(Work(plan, (0, plan.rows), environment))
-    assert work.stream is not None
-    if len(layer.weight.shape) != 2:
-        yield _whole(layer)
-        return
-    for start in range(0, plan.rows, 256):
-        stop = min(start + 256, plan.rows)
-        yield torch.cat([chunk.x.float().clone() for chunk in work.stream(start, stop)])
+    step = Decode(multiple=rows) if layer.encoding else Read(multiple=rows)
+    for chunk in step.run(Work(plan, (0, plan.rows), environment)).chunks():
+        yield chunk.x.to(torch.float32, copy=True)  # the buffers below are the thread's, and the other layer's too
 
 
 def _whole(layer: Layer) -> torch.Tensor:
+    """A tensor that is no matrix, as one row."""
     ref = layer.tensors[0]
     content = bytearray(ref.nbytes)
-    with ExitStack() as stack:
-        stack.enter_context(Reader(ref.path)).read_into(memoryview(content), ref.start)
-    return torch.frombuffer(content, dtype=torch_dtype(ref.dtype)).float()
+    with Reader(ref.path) as reader:
+        reader.read_into(memoryview(content), ref.start)
+    return torch.frombuffer(content, dtype=torch_dtype(ref.dtype)).float()[None]

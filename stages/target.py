@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ..formats.tensors import FLOAT_DTYPES
+from .decisions import Candidate
 from .keeping import keep
-from .rules import Rule, load_rules
+from .rule_files import load_rules
+from .rules import Rule
 from .stage import Context
-from .targeting import Candidate, Targeting
+from .targeting import Targeting
 from .work import LayerPlan, Settings
 
 _WARNING = "warning: "

@@ -19,9 +19,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ..formats.errors import UsageError, did_you_mean
+from ..formats.errors import UsageError
 from ..formats.registry import format_info
 from ..formats.tensors import FLOAT_DTYPES
+from .decisions import Candidate, Decision, TargetingResult
 from .naming import (
     EMBEDDING,
     NORM,
@@ -37,43 +38,6 @@ from .rules import Rule, compile_pattern, match_rules, nearest_names
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A weight that might be quantized, as its layer will see it."""
-
-    name: str
-    """Key without ``.weight``."""
-    shape: tuple[int, ...]
-    """True shape: of an already quantized layer the decoded one."""
-    dtype: str
-    """safetensors dtype: of an already quantized layer that is decoded on read, what it decodes to."""
-
-
-@dataclass(frozen=True)
-class Decision:
-    """What happens to one weight."""
-
-    keep: str | None = None
-    """Why it stays as it is; None: it is quantized."""
-    settings: Mapping[str, object] = field(default_factory=dict)
-    """Settings that differ from the run's: format, scaling, block_size, rotate, rounding."""
-    formats_barred: Mapping[str, str] = field(default_factory=dict)
-    """Formats that this layer may not have, each with the reason."""
-
-
-@dataclass(frozen=True)
-class TargetingResult:
-    """Decisions for all candidates, and what people should hear of them."""
-
-    decisions: dict[str, Decision]
-    """By ``Candidate.name``, in the order of the candidates."""
-    preset: Preset | None = None
-    notes: list[str] = field(default_factory=list)
-    """Announcements; those that begin with ``warning:`` deserve a look."""
-    removed: list[str] = field(default_factory=list)
-    """Full keys that are left out of the output."""
 
 
 @dataclass(frozen=True)
@@ -114,15 +78,6 @@ class Targeting:
             "fallback": self.fallback,
             "heuristics": self.heuristics,
         }
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Targeting:
-        known = cls().to_dict()
-        for name in data:
-            if name not in known:
-                raise UsageError(f"targeting: unknown entry {name!r}{did_you_mean(name, known)}")
-        rules = tuple(Rule.from_dict(rule) for rule in data.get("rules") or ())
-        return cls(**{**data, "rules": rules})
 
     def decide(
         self, candidates: Sequence[Candidate], keys: Iterable[str] = (), *, comfy: bool = True

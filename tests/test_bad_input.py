@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -378,7 +379,7 @@ def test_paths_that_cannot_be_read(bench: Bench, monkeypatch: pytest.MonkeyPatch
 
 def test_a_path_without_permission(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_file(bench.folder / "in.safetensors")
-    real = fileio.FileIO
+    real = FileIO
 
     def locked(name: str, mode: str = "r") -> Any:
         if str(name).endswith("in.safetensors"):

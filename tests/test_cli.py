@@ -280,6 +280,17 @@ def test_a_plan_for_people(cli: Cli, checkpoint: Path) -> None:
     assert "quantized.safetensors" in done.out
 
 
+def test_a_plan_says_when_convert_would_refuse(cli: Cli, checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.safetensors"
+    out.write_bytes(b"precious")
+    done = cli("plan", checkpoint, out, "--format", "fp8")
+    assert done.status == 0
+    assert f"warning  convert would refuse: {out}: exists already; pass --overwrite" in done.out
+    assert "convert would refuse" not in cli("plan", checkpoint, out, "--format", "fp8", "--overwrite").out
+    assert "convert would refuse" not in cli("plan", checkpoint, "--format", "fp8").out
+    assert out.read_bytes() == b"precious"
+
+
 def test_a_plan_without_a_name_for_the_output(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write_file(Path("quantized.safetensors"))

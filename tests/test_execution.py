@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import pickle
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -38,7 +39,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def reference(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., bytes]:
     """Bytes of the conversion with these options on one worker, each layer one task."""
-    folder, made = tmp_path_factory.mktemp("reference"), {}
+    folder = tmp_path_factory.mktemp("reference")
+    made: dict[str, bytes] = {}
 
     def bytes_of(**options: Any) -> bytes:
         key = str(sorted(options.items()))
@@ -380,3 +382,24 @@ def test_run_plan_returns_a_report(source: Path, tmp_path: Path) -> None:
     report = run_plan(plan_of(source, tmp_path / "o.safetensors"))
     assert isinstance(report, Report)
     assert report.output == str(tmp_path / "o.safetensors")
+
+
+def test_passes_over_layers_stop_early() -> None:
+    from quantloom.flow.threads import map_layers
+    from quantloom.stages.work import Cancelled, check_cancelled
+
+    assert map_layers(lambda item, _: item * 2, range(50), workers=3) == [item * 2 for item in range(50)]
+    finished = []
+
+    def work(item: int, environment: Environment) -> None:
+        if item == 0:
+            time.sleep(0.05)
+            raise KeyboardInterrupt
+        for _ in range(200):
+            check_cancelled(environment.run_id)
+            time.sleep(0.01)
+        finished.append(item)
+
+    with pytest.raises((KeyboardInterrupt, Cancelled)):
+        map_layers(work, range(50), workers=3)
+    assert finished == []

@@ -184,8 +184,8 @@ finally:
 def convert_within(room: dict[str, int], source: Path, output: Path, *options: str) -> dict[str, Any]:
     """Converts in a process that may grow by ``room`` bytes only, once its libraries are loaded."""
     command = ["convert", str(source), str(output), "--workers", "1", "--quiet", *options]
-    threads = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL")}
-    done = child("-c", _LIMITED, json.dumps(room), *command, MALLOC_ARENA_MAX="1", **threads)
+    done = child("-c", _LIMITED, json.dumps(room), *command, MALLOC_ARENA_MAX="1", OMP_NUM_THREADS="1",
+                 OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1")  # fmt: skip
     assert done.status == 0, done.err
     return json.loads(done.err.splitlines()[-1])  # type: ignore[no-any-return]
 
@@ -222,7 +222,10 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     module = importlib.util.module_from_spec(spec)
     sys.modules["make_checkpoint"] = module
     spec.loader.exec_module(module)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # on a busy machine threads that wait for each other take ten times as long
     module.make_checkpoint(folder / "model", arch="flux", gb=2.1)
+    torch.set_num_threads(threads)
     yield folder
     shutil.rmtree(folder)
 

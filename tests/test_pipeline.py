@@ -92,10 +92,10 @@ def test_unknown_verbs_are_attribute_errors(call: Any, words: str) -> None:
         (lambda: Pipeline().quantize("fp8", rotate="hadamard"), "rotation needs int8 with row scaling"),
         (lambda: Pipeline().quantize("int8", rotate="hadamard:32"), "32 is not a power of four"),
         (lambda: Pipeline().quantize("int8", rotate="fourier"), "unknown rotation 'fourier'"),
-        (lambda: Pipeline().quantize("fp8", block_size="64"), "block_size must be a whole number or null, is '64'"),
+        (lambda: Pipeline().quantize("fp8", block_size="64"), "block_size must be a whole number or null, is '64'"),  # type: ignore[arg-type]
         (lambda: Pipeline().quantize(5), "format must be a string, is 5"),  # type: ignore[arg-type]
         (lambda: Pipeline().quantize("fp8", heuristics=True), "quantize has no option 'heuristics'"),
-        (lambda: Pipeline().quantize("fp8", "row"), "takes one positional argument, format"),  # type: ignore[misc]
+        (lambda: Pipeline().quantize("fp8", "row"), "takes one positional argument, format"),  # type: ignore[call-arg]
         (lambda: Pipeline().quantize(), "quantize needs format"),  # type: ignore[call-arg]
         (lambda: Pipeline().target(preset="flax2"), "unknown preset 'flax2'; did you mean 'flux2'"),
         (lambda: Pipeline().target(include="("), "include"),

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quantloom.formats.errors import UsageError
-from quantloom.stages.rules import Rule, literal_characters, load_rules, match_rules
+from quantloom.stages.rule_files import load_rules
+from quantloom.stages.rules import Rule, literal_characters, match_rules
 
 if TYPE_CHECKING:
     from pathlib import Path

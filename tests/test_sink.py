@@ -432,7 +432,7 @@ def test_a_rename_that_fails_in_the_middle_is_undone(after: int, sharded: Path, 
     """Windows refuses to rename over a file that someone has open."""
     convert(sharded, tmp_path / "out", "fp8", shard_size=150_000)
     before = listing(tmp_path)
-    real, calls = sink.replace, 0
+    real, calls = fileio.replace, 0
 
     def once(src: Path, dst: Path) -> None:
         nonlocal calls

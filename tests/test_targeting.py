@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantloom.formats.errors import UsageError
+from quantloom.stages.decisions import Candidate, Decision, TargetingResult
 from quantloom.stages.naming import (
     ROUTER,
     awkward,
@@ -21,7 +22,8 @@ from quantloom.stages.naming import (
 )
 from quantloom.stages.presets import load_presets
 from quantloom.stages.rules import Rule
-from quantloom.stages.targeting import Candidate, Decision, Targeting, TargetingResult
+from quantloom.stages.stage import make_stage
+from quantloom.stages.targeting import Targeting
 
 W = (3072, 3072)
 
@@ -442,11 +444,11 @@ def test_nothing_to_decide() -> None:
 
 def test_targeting_travels() -> None:
     targeting = Targeting("wan", "a", "b", (rule("c", format="fp8"), rule("d", 1, skip=True)), "int8", True)
-    assert Targeting.from_dict(json.loads(json.dumps(targeting.to_dict()))) == targeting
-    assert Targeting.from_dict({}) == Targeting()
-    assert pickle.loads(pickle.dumps(targeting)) == targeting
-    with pytest.raises(UsageError, match="unknown entry 'presets'; did you mean 'preset'"):
-        Targeting.from_dict({"presets": "wan"})
+    stage = make_stage("target", json.loads(json.dumps(targeting.to_dict())))
+    assert stage.to_dict() == targeting.to_dict()
+    assert pickle.loads(pickle.dumps(stage)) == stage
+    with pytest.raises(UsageError, match="target has no option 'presets'; did you mean 'preset'"):
+        make_stage("target", {"presets": "wan"})
 
 
 PARTS = [
