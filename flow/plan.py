@@ -199,10 +199,11 @@ def _refuse_same_file(source: Source, output: Output, shards: Sequence[Shard]) -
 
 
 def _digest(recipe: Recipe, source: Source, forced: Mapping[str, str]) -> str:
-    """How the work runs (memory, workers, device) does not count: it does not change the bytes."""
+    """How the work runs (memory, workers, device) does not count, nor when and where the source was put down: equal
+    sources give equal files on every machine."""
     stages = [{"stage": stage.verb, **stage.to_dict()} for stage in recipe.stages]
     assert recipe.output is not None
-    parts = [__version__, source.fingerprint, stages, recipe.output.dialect, recipe.output.shard_bytes, sorted(forced)]
+    parts = [__version__, source.layout, stages, recipe.output.dialect, recipe.output.shard_bytes, sorted(forced)]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

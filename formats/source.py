@@ -56,6 +56,8 @@ class Source:
     """Folder of the checkpoint; of its first file, where files of several folders were given."""
     fingerprint: str
     """sha256 (hex) over name, size, mtime and header of every file: another value, another checkpoint."""
+    layout: str
+    """sha256 (hex) over size and header of every file: the same wherever and whenever the files were put down."""
 
     @property
     def nbytes(self) -> int:
@@ -216,7 +218,8 @@ def _read(paths: Iterable[Path], root: Path, sidecars: tuple[Path, ...]) -> Sour
         metadata = header.metadata | metadata
     stamps = [stamp for _, stamp in opened]
     fingerprint = hashlib.sha256(json.dumps(stamps).encode()).hexdigest()
-    return Source(refs, metadata, files, sidecars, _config(root), root, fingerprint)
+    layout = hashlib.sha256(json.dumps([[size, digest] for _, size, _, digest in stamps]).encode()).hexdigest()
+    return Source(refs, metadata, files, sidecars, _config(root), root, fingerprint, layout)
 
 
 def _read_one(path: Path) -> tuple[Header, tuple[str, int, int, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import pickle
 import time
 from collections.abc import Callable, Iterator
@@ -403,3 +404,14 @@ def test_passes_over_layers_stop_early() -> None:
     with pytest.raises((KeyboardInterrupt, Cancelled)):
         map_layers(work, range(50), workers=3)
     assert finished == []
+
+
+def test_equal_sources_give_equal_files_whenever_they_were_written(checkpoint: Path, tmp_path: Path) -> None:
+    twin = tmp_path / "elsewhere" / checkpoint.name
+    twin.parent.mkdir()
+    twin.write_bytes(checkpoint.read_bytes())
+    os.utime(twin, (1, 1))
+    outputs = [tmp_path / f"{number}.safetensors" for number in range(2)]
+    for source, output in zip((checkpoint, twin), outputs, strict=True):
+        Pipeline().read(source).quantize("mxfp8").write(output)
+    assert outputs[0].read_bytes() == outputs[1].read_bytes()
