@@ -16,13 +16,15 @@ from .sizes import show_size
 
 CPU_CHUNK_BYTES = 1 << 20
 """Source bytes per chunk on a CPU: small enough for the float32 rows and their temporaries to stay in cache."""
-CROWD, CROWD_FACTOR = 2, 4
-"""With more threads than ``CROWD`` chunks are larger: each operation hands Python's lock around, and 16 threads spend
-more time waiting for it than working (0.8 GB, NVFP4 ``mse``: 10.1 s on chunks of 1 MiB, 3.5 s on 4 MiB)."""
+CROWD = 4
+"""Chunks grow with the number of threads, up to this factor: each operation hands Python's lock around, and many
+threads spend more time waiting for it than working (16 threads, 0.8 GB, NVFP4 ``mse``: 10.1 s on 1 MiB, 3.5 on 4)."""
 CUDA_CHUNK_BYTES = 64 << 20
 CUDA_TASKS = 6
 """Tasks at a time on one GPU: while some read and write, one computes."""
 _SMALLEST_CHUNK = 64 << 10
+_STARTUP_BYTES = 24 << 20
+"""What threads, torch's first operations and the file header take once work begins."""
 _CGROUPS = (
     (Path("/sys/fs/cgroup"), "memory.max", "memory.current"),
     (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes"),
@@ -89,11 +91,11 @@ def make_budget(layers: Sequence[LayerPlan], run: Run, run_id: str) -> Budget:
     Chunks shrink before a layer is refused. Raises PlanError, naming the layer, its need and the budget, when even the
     smallest chunk of a layer does not fit beside the process itself.
     """
-    base = psutil.Process().memory_info().rss
+    base = psutil.Process().memory_info().rss + _STARTUP_BYTES
     limit = run.memory if run.memory is not None else base + free_memory() // 2
     on_cuda = run.device.startswith("cuda")
     most = run.workers or (CUDA_TASKS if on_cuda else cores())
-    chunk = CPU_CHUNK_BYTES * (CROWD_FACTOR if run.scheduler == "threads" and most > CROWD else 1)
+    chunk = CPU_CHUNK_BYTES * (min(most, CROWD) if run.scheduler == "threads" else 1)
     environment = Environment(run_id, run.device, CUDA_CHUNK_BYTES if on_cuda else chunk)
     own = base if run.scheduler == "distributed" else 0  # workers of a local cluster are processes like this one
     while True:

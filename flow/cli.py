@@ -5,11 +5,8 @@ Heavy modules are imported where they are needed: help is quick.
 
 from __future__ import annotations
 
-import contextlib
-import signal
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -17,6 +14,7 @@ from .. import __version__
 from ..formats.errors import QuantloomError
 from ..formats.registry import FORMATS
 from . import console
+from .entry import STOPPED, run_command
 from .options import JSON, RUNNING, TALKING, TARGETING, add_options, build_recipe
 
 if TYPE_CHECKING:
@@ -31,8 +29,6 @@ Examples:
   quantloom convert model.safetensors out.safetensors --format int8 --rotate hadamard:256
   quantloom plan flux-dev/ --format nvfp4
 """
-
-_STOPPED = "stopped: what had been written was removed, and nothing was left under the name of the output"
 
 
 @click.group(context_settings=_CONTEXT, epilog=_EPILOG)
@@ -59,7 +55,7 @@ def convert(source: str, destination: str, quiet: bool, verbose: int, as_json: b
         console.run_flow(flow, quiet or as_json, as_json)
         return 0
 
-    return console.guarded(action, _STOPPED)
+    return console.guarded(action, STOPPED)
 
 
 @cli.command(epilog=_EPILOG, short_help="Show what convert would do, from headers alone.")
@@ -85,7 +81,7 @@ def plan(source: str, destination: str | None, quiet: bool, verbose: int, as_jso
         if as_json:
             console.print_json(made.to_dict(budget))
         elif not quiet:
-            console.print_plan(made, budget)
+            console.print_plan(made, budget, verbose > 0)
         return 0
 
     return console.guarded(action)
@@ -169,18 +165,9 @@ def formats(as_json: bool) -> int:
     return console.guarded(action)
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None) -> NoReturn:
     """Entry point; returns through sys.exit with 0 done, 1 the work failed, 2 wrong usage."""
-    with contextlib.suppress(ValueError):  # only the main thread may say what a signal does
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        status = cli.main(arguments, prog_name="quantloom", standalone_mode=False)
-    except click.ClickException as error:
-        error.show()
-        status = 2
-    except click.Abort:
-        status = 1
-    sys.exit(status or 0)
+    run_command(cli, "quantloom", arguments)
 
 
 if __name__ == "__main__":

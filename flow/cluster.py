@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import concurrent.futures
 import contextlib
 import logging
 from typing import TYPE_CHECKING, Any
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 CONNECT_SECONDS = 30
-"""How long a scheduler may take to answer."""
+"""How long a scheduler may take to answer, and its first worker to come."""
 
 _LOCAL = "127.0.0.1:0"
 """Any free port, for this machine only: Dask's own choice is a fixed one that the whole network sees."""
@@ -28,11 +30,17 @@ def run_distributed(where: Client | str, graph: Graph, keys: list[Key], budget: 
     distributed = _package()
     with contextlib.ExitStack() as stack:
         client = _client(distributed, where, budget, stack)
+        _wait_for_workers(client)
         futures = client.get(graph, keys, sync=False)
         try:
             for _future, receipts in distributed.as_completed(futures, loop=client.loop, with_results=True):
+                if isinstance(receipts, BaseException):
+                    raise receipts
                 yield receipts
         except BaseException as error:
+            if isinstance(error, _cancellations(distributed)):  # nobody is there who could be asked to stop
+                why = next(iter(str(error).splitlines()), type(error).__name__)
+                raise SinkError(f"the Dask scheduler went away: {why}") from error
             with contextlib.suppress(Exception):
                 client.run(cancel, budget.environment.run_id)
                 client.cancel(futures, force=True)
@@ -40,6 +48,19 @@ def run_distributed(where: Client | str, graph: Graph, keys: list[Key], budget: 
                 hint = "probably for want of memory: lower --memory or --workers"
                 raise SinkError(f"workers died on their task, {hint} ({error})") from error
             raise
+
+
+def _cancellations(distributed: Any) -> tuple[type[BaseException], ...]:
+    """What waiting for results raises when their scheduler is gone."""
+    gone = (distributed.CancelledError, asyncio.CancelledError, concurrent.futures.CancelledError)
+    return (*gone, distributed.comm.CommClosedError)
+
+
+def _wait_for_workers(client: Any) -> None:
+    try:
+        client.wait_for_workers(1, timeout=CONNECT_SECONDS)
+    except TimeoutError as error:
+        raise SinkError(f"the Dask scheduler has no workers: none came in {CONNECT_SECONDS} seconds") from error
 
 
 def _package() -> Any:
@@ -66,3 +87,6 @@ def _client(distributed: Any, where: Client | str, budget: Budget, stack: contex
         return stack.enter_context(distributed.Client(cluster, set_as_default=False))
     except OSError as error:
         raise SinkError(f"{where}: cannot reach the Dask scheduler: {error}") from error
+    except (ValueError, TypeError, AssertionError) as error:  # what Dask makes of an address that is none
+        why = str(error) or type(error).__name__
+        raise UsageError(f"{where}: no address of a Dask scheduler, such as tcp://host:8786: {why}") from error

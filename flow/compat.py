@@ -5,16 +5,16 @@ What its flags mean here is in ``compat_recipe``; docs/COMPAT.md says what diffe
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
 from .. import __version__
 from . import console
 from .compat_flags import SECTIONS, Flag, all_flags, long_names
+from .entry import STOPPED, run_command
 
 _VERBOSITY = {"MINIMAL": -1, "NORMAL": 0, "VERBOSE": 1, "DEBUG": 2}
 
@@ -122,7 +122,7 @@ def _given(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _callback(**options: Any) -> int:
-    return console.guarded(lambda: run(_given(options)))
+    return console.guarded(lambda: run(_given(options)), STOPPED)
 
 
 def run(options: dict[str, Any]) -> int:
@@ -160,16 +160,9 @@ def _write_template(options: dict[str, Any], quiet: bool) -> int:
     return 0
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None) -> NoReturn:
     """Entry point; returns through sys.exit with 0 done, 1 the work failed, 2 wrong usage."""
-    try:
-        status = make_command().main(arguments, prog_name="convert_to_quant", standalone_mode=False)
-    except click.ClickException as error:
-        error.show()
-        status = 2
-    except click.Abort:
-        status = 1
-    sys.exit(status or 0)
+    run_command(make_command(), "convert_to_quant", arguments)
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ def translate(options: Options) -> Translation:
         config = read_layer_config(options["layer_config"], inherited, "fullmatch" in options)
     quantize = _quantize(options, inherited, config)
     rules = (*config.rules, *_custom_rules(options, inherited, len(config.rules)))
+    rules = tuple(replace(rule, settings={**rule.settings, **_input_scale(options, rule.settings)}) for rule in rules)
     presets = [name for name in load_presets() if name in options]
     fallback = _fallback(options, inherited)
     target = {
@@ -124,10 +125,15 @@ def _quantize(options: Options, inherited: Inherited, config: LayerConfig) -> di
         **(inherited.settings(_primary(options)) if config.default is None else {}),
         "rounding": _rounding("simple" in options),
         "full_precision_matmul": "full_precision_matrix_mult" in options,
-        "input_scale": 1.0 if "input_scale" in options else None,
         "nonfinite": options.get("nonfinite", "refuse"),
     }
-    return {**settings, **(config.default or {})}
+    settings = {**settings, **(config.default or {})}
+    return {**settings, "input_scale": None, **_input_scale(options, settings)}
+
+
+def _input_scale(options: Options, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The activation scale for settings of FP8; others have none."""
+    return {"input_scale": 1.0} if "input_scale" in options and settings.get("format") == "fp8" else {}
 
 
 def _custom_rules(options: Options, inherited: Inherited, order: int) -> list[Rule]:
@@ -153,7 +159,7 @@ def _fallback(options: Options, inherited: Inherited) -> dict[str, Any] | None:
     if "fallback" not in options:
         return None
     settings = inherited.settings(options["fallback"], None, options.get("fallback_block_size"))
-    return {**settings, "rounding": _rounding("fallback_simple" in options)}
+    return {**settings, **_input_scale(options, settings), "rounding": _rounding("fallback_simple" in options)}
 
 
 def without_weight(pattern: str) -> str:

@@ -5,20 +5,19 @@ from __future__ import annotations
 import json
 import logging
 import sys
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from ..formats.errors import QuantloomError, UsageError
-from .sizes import count, show_seconds, show_size
+from .progress import Display
+from .sizes import count, show_size
+from .tables import Name, short_size, shortened
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import Progress as Bars
     from rich.table import Table
 
     from ..formats.registry import FormatInfo
-    from ..stages.work import Receipt
     from .budget import Budget
     from .inspect import Inspection
     from .pipeline import Flow
@@ -28,9 +27,6 @@ if TYPE_CHECKING:
 
 PIPE_WIDTH = 400
 """Columns of a table that goes into a file or another program."""
-
-PLAIN_SECONDS = 10.0
-"""Without a terminal, a line of progress this often."""
 
 
 class _StderrHandler(logging.Handler):
@@ -90,66 +86,6 @@ def guarded(action: Callable[[], int], stopped: str = "stopped") -> int:
         return 1
 
 
-class Display:
-    """Live progress on a terminal; otherwise a line now and then."""
-
-    def __init__(self, console: Console) -> None:
-        self.console = console
-        self.bars: Bars | None = None
-        self.bytes = self.layers = self.total_bytes = self.total_layers = 0
-        self.began = self.said = 0.0
-
-    def start(self, plan: Plan, budget: Budget) -> None:
-        import psutil
-
-        self.process, self.budget = psutil.Process(), budget
-        self.total_bytes, self.total_layers = plan.nbytes_in, len(plan.layers)
-        self.began = self.said = time.perf_counter()
-        for text in plan.warnings:
-            self.console.print(f"[yellow]warning:[/] {_escape(text)}")
-        for text in plan.notes:
-            self.console.print(f"note: {_escape(text)}")
-        if self.console.is_terminal:
-            self._start_bars()
-        else:
-            words = f"{count(self.total_layers, 'layer')}, {show_size(self.total_bytes)}"
-            tasks = f"{count(budget.workers, 'task')} at a time, memory budget {show_size(budget.limit)}"
-            self.console.print(f"converting {words}, {tasks}")
-
-    def _start_bars(self) -> None:
-        from rich import progress
-
-        # Rich's own speed is that of the last few updates, which come in bursts.
-        columns = progress.BarColumn(bar_width=20), progress.TextColumn("{task.description}")
-        self.bars = progress.Progress(*columns, console=self.console, transient=True)
-        self.bars.start()
-        self.task = self.bars.add_task(self._status(), total=self.total_bytes)
-
-    def _status(self) -> str:
-        """Share, bytes, layers, mean rate, time left at that rate, memory."""
-        rate = self.bytes / max(time.perf_counter() - self.began, 1e-9)
-        left = f"{show_seconds((self.total_bytes - self.bytes) / rate)} left" if self.bytes else "no estimate yet"
-        return (
-            f"{self.bytes / max(1, self.total_bytes):4.0%}  {show_size(self.bytes)} of {show_size(self.total_bytes)}, "
-            f"{self.layers}/{self.total_layers} layers, {rate / 1e9:.2f} GB/s, {left}, "
-            f"memory {show_size(self.process.memory_info().rss)} of {show_size(self.budget.limit)}"
-        )
-
-    def advance(self, receipts: Sequence[Receipt]) -> None:
-        self.bytes += sum(receipt.nbytes_in for receipt in receipts)
-        self.layers += sum(receipt.first for receipt in receipts)
-        now = time.perf_counter()
-        if self.bars:
-            self.bars.update(self.task, completed=self.bytes, description=self._status())
-        elif now - self.said >= PLAIN_SECONDS:
-            self.said = now
-            self.console.print(self._status())
-
-    def stop(self) -> None:
-        if self.bars:
-            self.bars.stop()
-
-
 def _escape(text: str) -> str:
     from rich.markup import escape
 
@@ -173,9 +109,11 @@ def print_json(value: Any) -> None:
 
 def _table(*headings: str) -> Table:
     """Columns that fold long words; those whose heading begins with ``>`` are short and stand to the right."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    table = Table(header_style="bold")
+    # Gaps of two columns: at 80 columns the names of most models stay in one piece.
+    table = Table(header_style="bold", box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     for heading in headings:
         if heading.startswith(">"):
             table.add_column(heading[1:], justify="right", no_wrap=True)
@@ -184,17 +122,21 @@ def _table(*headings: str) -> Table:
     return table
 
 
-def print_plan(plan: Plan, budget: Budget) -> None:
-    """Layers by format and what is kept, then the totals."""
+def print_plan(plan: Plan, budget: Budget, verbose: bool = False) -> None:
+    """Matrices by format and what is kept (with ``verbose`` every other tensor too), then the totals."""
+    from rich.text import Text
+
     console = stdout()
     table = _table("layer", ">shape", "becomes", ">before", ">after")
+    most = max(20, console.width // 4)
     for layer in plan.layers:
-        if not layer.format and not layer.reason:
+        shape = layer.layer.weight.shape
+        if not verbose and not layer.format and not (layer.reason and len(shape) == 2):
             continue
-        what = layer.format or f"[dim]kept: {_escape(layer.reason)}[/]"
-        shape = " x ".join(str(size) for size in layer.layer.weight.shape)
-        sizes = show_size(layer.layer.nbytes), show_size(layer.nbytes_out)
-        table.add_row(_escape(layer.layer.name), shape, what, *sizes)
+        kept = shortened(f"kept: {layer.reason}" if layer.reason else "copied", most)
+        what = Text(layer.format) if layer.format else Text(kept, "dim")
+        sizes = short_size(layer.layer.nbytes), short_size(layer.nbytes_out)
+        table.add_row(Name(layer.layer.name), "x".join(map(str, shape)), what, *sizes)
     console.print(table)
     console.print(_escape(plan.explain(budget.workers)), soft_wrap=True)
     parts = f"{show_size(budget.base)} for the process, {budget.workers} x {show_size(budget.task_bytes)} for tasks"
@@ -205,9 +147,13 @@ def print_plan(plan: Plan, budget: Budget) -> None:
 def print_inspection(found: Inspection, every_layer: bool) -> None:
     """Sizes and formats, metadata, and with ``every_layer`` a row for each."""
     console = stdout()
-    total = f"{count(len(found.files), 'file')}, {count(len(found.layers), 'layer')}, {show_size(found.nbytes)}"
-    console.print(f"{_escape(found.path)}: {total}", soft_wrap=True)
-    table = _table("stored as", ">layers", ">weights", ">bytes", ">bits/weight")
+    quantized, held = sum(found.dialects.values()), count(len(found.layers), "tensor")
+    if quantized:
+        held = f"{count(quantized, 'quantized layer')}, {count(len(found.layers) - quantized, 'other tensor')}"
+    console.print(
+        f"{_escape(found.path)}: {count(len(found.files), 'file')}, {held}, {show_size(found.nbytes)}", soft_wrap=True
+    )
+    table = _table("stored as", ">tensors", ">weights", ">bytes", ">bits/weight")
     for name, (layers, size, weights) in found.formats.items():
         bits = f"{size * 8 / weights:.2f}" if weights else "-"
         table.add_row(name, str(layers), f"{weights / 1e6:.2f} M", show_size(size), bits)
@@ -220,10 +166,10 @@ def print_inspection(found: Inspection, every_layer: bool) -> None:
     for problem in found.problems:
         console.print(f"[yellow]warning:[/] {_escape(problem)}", soft_wrap=True)
     if every_layer:
-        rows = _table("layer", ">shape", "stored as", ">bytes")
+        rows = _table("tensor", ">shape", "stored as", ">bytes")
         for layer in found.layers:
-            shape = " x ".join(map(str, layer["shape"]))
-            rows.add_row(_escape(layer["name"]), shape, layer["format"], show_size(layer["bytes"]))
+            shape = "x".join(map(str, layer["shape"]))
+            rows.add_row(Name(layer["name"]), shape, layer["format"], show_size(layer["bytes"]))
         console.print(rows)
 
 
@@ -232,17 +178,17 @@ def print_verification(result: Verification, most: int) -> None:
     console = stdout()
     table = _table("layer", "format", ">relative error")
     for layer in result.worst[:most]:
-        table.add_row(_escape(layer.name), layer.format, f"{layer.error:.5f}")
+        table.add_row(Name(layer.name), layer.format, f"{layer.error:.5f}")
     if result.worst:
         console.print(f"Worst {min(most, len(result.worst))} of {count(len(result.worst), 'quantized layer')}:")
         console.print(table)
     for problem in result.problems:
         console.print(f"[red]broken:[/] {_escape(problem)}", soft_wrap=True)
-    for name in result.unknown:
+    for name in result.unknown if result.layers else ():
         console.print(f"[yellow]warning:[/] {_escape(name)}: not in the source", soft_wrap=True)
     kept = len(result.layers) - len(result.worst)
     verdict = "sound" if result.ok else f"BROKEN ({count(len(result.problems), 'problem')})"
-    layers = f"{count(len(result.worst), 'quantized layer')}, {kept} kept as they were"
+    layers = f"{count(len(result.worst), 'quantized layer')}, {count(kept, 'tensor')} kept as they were"
     console.print(f"{_escape(result.output)}: {verdict}; {layers}", soft_wrap=True)
 
 

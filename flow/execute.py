@@ -75,7 +75,8 @@ def run_plan(plan: Plan, client: Client | str | None = None, progress: Progress 
     finally:
         watcher.stop()
         forget(run_id)
-    return make_report(plan, receipts, time.perf_counter() - began)
+    seconds = time.perf_counter() - began
+    return make_report(plan, receipts, seconds, distributed=scheduler not in ("threads", "sync"))
 
 
 @contextmanager

@@ -27,15 +27,16 @@ TARGETING: Options = [
                  help="mse: scales of least squared error (default); nearest: scales from the largest weight."),
     click.option("--preset", metavar="NAME|auto|none",
                  help="Which layers this model must keep. auto (default): found by key names."),
-    click.option("--include", metavar="REGEX", help="Quantize only layers that match."),
-    click.option("--exclude", metavar="REGEX", help="Keep layers that match."),
+    click.option("--include", metavar="REGEX", multiple=True, help="Quantize only layers that match. Repeatable."),
+    click.option("--exclude", metavar="REGEX", multiple=True, help="Keep layers that match. Repeatable."),
     click.option("--fallback", metavar="FORMAT", help="Format for layers that --exclude or the preset would keep."),
     click.option("--layers", "rules", metavar="FILE",
                  help="JSON, YAML or TOML: pattern -> format, scaling, block_size, rotate, rounding, skip."),
-    click.option("--heuristics", is_flag=True, help="Also keep layers that are too small or too long to gain."),
+    click.option("--heuristics/--no-heuristics", default=None,
+                 help="Also keep layers that are too small or too long to gain."),
     click.option("--input-scale", type=float, metavar="X",
                  help="Store this static activation scale with FP8 layers."),
-    click.option("--full-precision-matmul", is_flag=True,
+    click.option("--full-precision-matmul/--no-full-precision-matmul", default=None,
                  help="Mark layers so that the client multiplies in full precision."),
     click.option("--nonfinite", metavar="refuse|keep",
                  help="A layer with NaN or Inf: refuse the conversion (default), or keep the layer."),
@@ -53,7 +54,8 @@ RUNNING: Options = [
     click.option("--scheduler", metavar="NAME|ADDRESS",
                  help="threads (default), sync, distributed, or a Dask scheduler such as tcp://host:8786."),
     click.option("--recipe", "recipe_file", metavar="FILE", help="Start from a JSON recipe; options given here win."),
-    click.option("--overwrite", is_flag=True, help="Replace an existing output, once the new one is complete."),
+    click.option("--overwrite/--no-overwrite", default=None,
+                 help="Replace an existing output, once the new one is complete."),
 ]  # fmt: skip
 
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
@@ -65,8 +67,9 @@ TALKING: Options = [
 ]
 
 _QUANTIZE = ("scaling", "block_size", "rotate", "rounding", "input_scale", "full_precision_matmul", "nonfinite")
-_OF_ONE_FORMAT = ("scaling", "block_size", "rotate")
+_OF_ONE_FORMAT = ("scaling", "block_size", "rotate", "input_scale")
 """Settings of a recipe that mean nothing once ``--format`` names another format."""
+_OF_ONE_SCALING = ("block_size", "rotate")
 _TARGET = ("preset", "include", "exclude", "fallback", "rules", "heuristics")
 
 
@@ -87,6 +90,8 @@ def build_recipe(source: tuple[str, ...], destination: str, options: dict[str, A
     before = stages.get("quantize", {})
     if quantize.get("format", before.get("format")) != before.get("format"):
         before = {name: value for name, value in before.items() if name not in _OF_ONE_FORMAT}
+    elif quantize.get("scaling", before.get("scaling")) != before.get("scaling"):
+        before = {name: value for name, value in before.items() if name not in _OF_ONE_SCALING}
     stages["quantize"] = {**before, **quantize}
     if "format" not in stages["quantize"]:
         raise click.UsageError(f"--format is missing; known: {', '.join(FORMATS)}")
@@ -107,4 +112,6 @@ def build_recipe(source: tuple[str, ...], destination: str, options: dict[str, A
 def _given(options: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
     """Options that were given on the command line, under the names that recipes use."""
     values = {name: options.get(option) for option, name in names.items()}
-    return {name: value for name, value in values.items() if value is not None and value is not False}
+    joined = {name: "|".join(f"(?:{part})" for part in value) if len(value) > 1 else value[0]
+              for name, value in values.items() if isinstance(value, tuple) and value}  # fmt: skip
+    return {name: value for name, value in values.items() if value is not None and value != ()} | joined

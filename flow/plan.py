@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import html
 import json
 import os
 from collections import Counter
@@ -96,21 +97,27 @@ class Plan:
 
     def explain(self, workers: int | None = None) -> str:
         """What would happen, as text."""
-        files, layers = count(len(self.source.files), "file"), count(len(self.layers), "layer")
-        found = f"{files}, {layers}, {show_size(self.nbytes_in)}"
+        files, tensors = count(len(self.source.files), "file"), count(len(self.layers), "tensor")
+        found = f"{files}, {tensors}, {show_size(self.nbytes_in)}"
         made = f"{count(len(self.shards), 'file')}, {show_size(self.nbytes_out)}, dialect {self.output.dialect}"
         lines = [f"source   {', '.join(self.recipe.source)}  ({found})", f"output   {self.output.path}  ({made})"]
         for name, number in sorted(self.formats.items()):
             chosen = [layer for layer in self.quantized if layer.format == name]
             before, after = sum(layer.layer.nbytes for layer in chosen), sum(layer.nbytes_out for layer in chosen)
             lines.append(f"quantize {count(number, 'layer', 5)} to {name}: {show_size(before)} -> {show_size(after)}")
-        lines += [f"keep     {count(number, 'layer', 5)}: {reason}" for reason, number in self.kept.most_common()]
-        rest = sum(1 for layer in self.layers if not layer.format and not layer.reason)
-        lines.append(f"copy     {count(rest, 'tensor', 5)}: biases and the like")
+        lines += [f"keep     {count(number, 'tensor', 5)}: {reason}" for reason, number in self.kept.most_common()]
         seconds = estimate_seconds(self.layers, self.recipe.run, workers)
         lines.append(f"estimate {show_seconds(seconds) if seconds >= 1 else 'under a second'}")
         lines += [f"note     {note}" for note in self.notes] + [f"warning  {text}" for text in self.warnings]
         return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        sizes = f"{show_size(self.nbytes_in)} -> {show_size(self.nbytes_out)}"
+        numbers = f"{len(self.quantized)} of {count(len(self.layers), 'tensor')} quantized"
+        return f"Plan({', '.join(self.recipe.source)!r} -> {self.output.path!r}: {numbers}, {sizes})"
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(self.explain())}</pre>"
 
 
 def make_plan(recipe: Recipe, keep_reasons: Mapping[str, str] | None = None) -> Plan:
@@ -191,6 +198,11 @@ def _refuse_same_file(source: Source, output: Output, shards: Sequence[Shard]) -
     folders = {source.root, *(path.parent for path in source.files)}
     if os.path.isdir(output.path) and any(same_file(folder, output.path) for folder in folders):
         raise PlanError(f"{output.path}: input and output are the same folder; write to another one")
+    if source.takes_all and same_file(source.root, os.path.dirname(shards[0].path) or "."):
+        raise PlanError(
+            f"{output.path}: lies in the source folder, which has no index: next time it would be taken for a part of "
+            "the source; write to another folder"
+        )
     targets = [path for path in {output.path, *(shard.path for shard in shards)} if os.path.exists(path)]
     for path in source.files:
         for target in targets:

@@ -6,12 +6,14 @@ The Python pipeline, the command line and cluster scripts all build a Recipe; fr
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..formats.errors import UsageError, did_you_mean
+from ..formats.errors import UsageError, did_you_mean, shown
 from ..stages.stage import VERBS, Stage, check_types, make_stage
 from .sizes import parse_size
 
@@ -36,8 +38,9 @@ class Output:
         check_types("output", Output, vars(self))
         if not self.path:
             raise UsageError("the path of the output is empty")
+        _check_path("output", self.path)
         if self.dialect not in DIALECTS:
-            raise UsageError(f"unknown dialect {self.dialect!r}{did_you_mean(self.dialect, DIALECTS)}")
+            raise UsageError(f"unknown dialect {shown(self.dialect)}{did_you_mean(self.dialect, DIALECTS)}")
         if self.shard_bytes is not None and self.shard_bytes < 1:
             raise UsageError(f"shard size {self.shard_bytes} must be at least one byte")
 
@@ -59,10 +62,9 @@ class Run:
         check_types("run", Run, vars(self))
         if self.scheduler not in SCHEDULERS and "://" not in self.scheduler:
             hint = did_you_mean(self.scheduler, SCHEDULERS)
-            raise UsageError(f"unknown scheduler {self.scheduler!r}{hint}; or an address such as tcp://host:8786")
-        kind, _, index = self.device.partition(":")
-        if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
-            raise UsageError(f"unknown device {self.device!r}; known: cpu, cuda, cuda:0")
+            raise UsageError(f"unknown scheduler {shown(self.scheduler)}{hint}; or an address such as tcp://host:8786")
+        if not re.fullmatch(r"cpu|cuda(:[0-9]{1,9})?", self.device):
+            raise UsageError(f"unknown device {shown(self.device)}; known: cpu, cuda, cuda:0")
         if self.workers is not None and self.workers < 1:
             raise UsageError(f"{self.workers} workers: at least one is needed")
         if self.memory is not None and self.memory < 1:
@@ -105,15 +107,18 @@ class Recipe:
         _known("recipe", values, ("quantloom_recipe", "source", "stages", "output", "run"))
         version = values.get("quantloom_recipe")
         if version != RECIPE_VERSION:
-            raise UsageError(f"recipe version {version!r} is not the version {RECIPE_VERSION} that this program reads")
+            wanted = f"the version {RECIPE_VERSION} that this program reads"
+            raise UsageError(f"recipe version {shown(version)} is not {wanted}")
         source, stages = values.get("source", []), values.get("stages", [])
         if not isinstance(source, list | tuple) or not all(isinstance(item, str) for item in source):
             raise UsageError("recipe: source must be a list of paths")
+        for item in source:
+            _check_path("source", item)
         if not isinstance(stages, list) or not all(isinstance(item, dict) and "stage" in item for item in stages):
             raise UsageError("recipe: stages must be a list of objects with a 'stage' each")
         built = [make_stage(item["stage"], {k: v for k, v in item.items() if k != "stage"}) for item in stages]
         output = None if values.get("output") is None else _build(Output, values["output"])
-        recipe = cls(tuple(source), (), output, _build(Run, values.get("run") or {}))
+        recipe = cls(tuple(source), (), output, _build(Run, {} if values.get("run") is None else values["run"]))
         for stage in built:
             recipe = recipe.with_stage(stage)
         return recipe
@@ -134,7 +139,7 @@ class Recipe:
         """Reads a recipe file."""
         try:
             return cls.from_json(Path(path).read_text())
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, ValueError) as error:
             raise UsageError(f"{path}: cannot read the recipe: {error}") from error
         except UsageError as error:
             raise UsageError(f"{path}: {error}") from error
@@ -146,17 +151,30 @@ _SIZES = ("memory", "shard_bytes")
 """Entries that a recipe written by hand may give as ``8GB``."""
 
 
+def _check_path(what: str, path: str) -> None:
+    """UsageError for what no file can be called: it would fail long after planning, in words of the system."""
+    try:
+        path.encode() if what == "output" else os.fsencode(path)
+    except UnicodeEncodeError:
+        raise UsageError(f"{what}: {shown(path)} is no path: it cannot be written as UTF-8") from None
+    if "\0" in path:
+        raise UsageError(f"{what}: {shown(path)} is no path: it holds a NUL character")
+
+
 def _known(what: str, values: Any, names: tuple[str, ...]) -> None:
     if not isinstance(values, Mapping):
         raise UsageError(f"{what} must be an object, is {type(values).__name__}")
     for name in values:
         if name not in names:
-            raise UsageError(f"{what} has no entry {name!r}{did_you_mean(name, names)}")
+            raise UsageError(f"{what} has no entry {shown(name)}{did_you_mean(str(name), names)}")
 
 
 def _build(cls: type[T], values: Any) -> T:
     names = tuple(item.name for item in fields(cls))
     _known(cls.__name__.lower(), values, names)
+    for name in _SIZES:
+        if not isinstance(values.get(name), str | int | float | None):
+            raise UsageError(f"{name} {shown(values[name])} is no size; write for example 8GB or 500MiB")
     values = {name: parse_size(value, name) if name in _SIZES else value for name, value in values.items()}
     try:
         return cls(**values)

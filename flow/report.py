@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..formats.shards import index_file, is_single_file
 from ..stages.work import Receipt
 from .plan import Plan
 from .sizes import count, show_seconds, show_size
+from .tables import Name, short_size
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -47,14 +49,18 @@ class Report:
     output: str
     layers: tuple[LayerReport, ...]
     kept: dict[str, int]
-    """Number of layers kept, by reason."""
+    """Number of tensors kept, by reason."""
     nbytes_in: int
     nbytes_out: int
     seconds: float
     peak_bytes: int
-    """Largest resident memory of this process (of a distributed run: of the client)."""
+    """Largest resident memory of this process."""
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    distributed: bool = False
+    """Whether a Dask cluster did the work; ``peak_bytes`` is then the client's, not the workers'."""
+    index: str = ""
+    """Path of the index, where ``output`` names no file because it was split into shards beside each other."""
 
     @property
     def ratio(self) -> float:
@@ -72,7 +78,7 @@ class Report:
         import shlex
 
         against = [word for source in self.source for word in ("--against", source)]
-        return shlex.join(["quantloom", "verify", self.output, *against])
+        return shlex.join(["quantloom", "verify", self.index or self.output, *against])
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
@@ -80,6 +86,7 @@ class Report:
             "source": list(self.source), "output": self.output,
             "bytes_in": self.nbytes_in, "bytes_out": self.nbytes_out,
             "ratio": self.ratio, "seconds": self.seconds, "peak_memory_bytes": self.peak_bytes,
+            "distributed": self.distributed, "error_sampled": True,
             "layers": [layer.to_dict() for layer in self.layers], "kept": self.kept,
             "notes": list(self.notes), "warnings": list(self.warnings), "verify": self.verify_command,
         }  # fmt: skip
@@ -95,26 +102,38 @@ class Report:
         table = Table(title=None, header_style="bold")
         for heading, least in (("layer", 16), ("format", 6)):
             table.add_column(heading, overflow="fold", min_width=least)
-        for heading in ("error", "before", "after", "time"):
+        table.add_column("error (sampled)", justify="right", min_width=9)
+        for heading in ("before", "after", "time"):
             table.add_column(heading, justify="right", no_wrap=True)
         for layer in self.worst[:most]:
             table.add_row(
-                Text(layer.name), Text(layer.format), f"{layer.error:.5f}",
-                show_size(layer.nbytes_in), show_size(layer.nbytes_out), show_seconds(layer.seconds),
+                Name(layer.name), Text(layer.format), f"{layer.error:.5f}",
+                short_size(layer.nbytes_in), short_size(layer.nbytes_out), show_seconds(layer.seconds),
             )  # fmt: skip
         return table
 
     def summary(self) -> str:
         """A few lines: sizes, time, kept layers and why, and how to verify."""
         rate = self.nbytes_in / 1e9 / self.seconds if self.seconds else 0.0
+        peak = f"peak memory {'of the client ' if self.distributed else ''}{show_size(self.peak_bytes)}"
         lines = [
-            f"{self.output}: {show_size(self.nbytes_in)} -> {show_size(self.nbytes_out)} ({self.ratio:.1%}), "
-            f"{count(len(self.layers), 'layer')} quantized",
-            f"{show_seconds(self.seconds)}, {rate:.2f} GB/s, peak memory {show_size(self.peak_bytes)}",
+            f"{self.index or self.output}: {show_size(self.nbytes_in)} -> {show_size(self.nbytes_out)} "
+            f"({self.ratio:.1%}), {count(len(self.layers), 'layer')} quantized",
+            f"{show_seconds(self.seconds)}, {rate:.2f} GB/s, {peak}",
         ]
-        lines += [f"kept {count(number, 'layer')}: {reason}" for reason, number in self.kept.items()]
+        lines += [f"kept {count(number, 'tensor')}: {reason}" for reason, number in self.kept.items()]
+        if self.layers:
+            lines.append("errors are measured on a sample of rows; `quantloom verify` measures every weight")
         lines.append(f"check it: {self.verify_command}")
         return "\n".join(lines)
+
+    def __str__(self) -> str:
+        return self.summary()
+
+    def __repr__(self) -> str:
+        sizes = f"{show_size(self.nbytes_in)} -> {show_size(self.nbytes_out)}"
+        layers = f"{count(len(self.layers), 'layer')} quantized"
+        return f"Report({', '.join(self.source)!r} -> {self.output!r}: {layers}, {sizes}, {show_seconds(self.seconds)})"
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         from rich.text import Text
@@ -122,7 +141,7 @@ class Report:
         if self.layers:
             yield Text(f"Worst layers by error (of {len(self.layers)}):")
             yield self.table(WORST_SHOWN)
-        yield Text(self.summary(), overflow="fold")
+        yield Text(self.summary(), overflow=options.overflow or "fold")  # soft wrapping must not cut it
 
     def _repr_html_(self) -> str:
         rows = "".join(
@@ -130,11 +149,11 @@ class Report:
             f"<td>{show_size(layer.nbytes_in)}</td><td>{show_size(layer.nbytes_out)}</td></tr>"
             for layer in self.worst
         )
-        head = "<tr><th>layer</th><th>format</th><th>error</th><th>before</th><th>after</th></tr>"
+        head = "<tr><th>layer</th><th>format</th><th>error (sampled)</th><th>before</th><th>after</th></tr>"
         return f"<pre>{html.escape(self.summary())}</pre><table>{head}{rows}</table>"
 
 
-def make_report(plan: Plan, receipts: Sequence[Receipt], seconds: float) -> Report:
+def make_report(plan: Plan, receipts: Sequence[Receipt], seconds: float, distributed: bool = False) -> Report:
     """Joins the receipts of each layer's row ranges."""
     joined: dict[str, list[Receipt]] = {}
     for receipt in receipts:
@@ -149,9 +168,11 @@ def make_report(plan: Plan, receipts: Sequence[Receipt], seconds: float) -> Repo
         layers.append(
             LayerReport(whole.name, whole.format, whole.nbytes_in, whole.nbytes_out, whole.error or 0.0, whole.seconds)
         )
+    index = index_file(plan.shards) if is_single_file(plan.output.path) else None
     return Report(
         plan.recipe.source, plan.output.path, tuple(layers), dict(plan.kept.most_common()),
         plan.nbytes_in, plan.nbytes_out, seconds, peak_memory(), plan.notes, plan.warnings,
+        distributed, str(index[0]) if index else "",
     )  # fmt: skip
 
 

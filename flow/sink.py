@@ -12,17 +12,18 @@ import contextlib
 import json
 import os
 import re
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
 from ..formats.errors import CheckpointError, PlanError, SinkError
-from ..formats.fileio import Writer, create_sparse, free_bytes, replace, sync_dir, sync_file
+from ..formats.fileio import Writer, create_sparse, free_bytes, sync_dir, sync_file
 from ..formats.shards import SUFFIX, index_file, is_single_file, stem_of
 from ..stages.writing import PART_SUFFIX
+from .commit import PREVIOUS_SUFFIX, check_unchanged, exchange, hold, part
 from .plan import Plan
 from .sizes import show_size
 
-_PREVIOUS_SUFFIX = ".previous"
 _SPARE_BYTES = 1 << 20
 """Left free beside the plan's bytes, for the index and the file system's own needs."""
 
@@ -49,20 +50,33 @@ def open_sink(plan: Plan) -> Iterator[None]:
     """Parts for the time of the block: its end makes them the output, an exception removes them."""
     folders = _make_folders(plan)
     try:
-        _create_parts(plan)
-        yield
-        _commit(plan)
+        with hold(_locks(plan)):
+            try:
+                _create_parts(plan)
+                yield
+                _commit(plan)
+            except BaseException:
+                for path in _final_paths(plan):
+                    with contextlib.suppress(OSError):
+                        if stat.S_ISREG(part(path).lstat().st_mode):  # what else stood there was refused, and stays
+                            part(path).unlink()
+                raise
     except BaseException:
-        for path in _final_paths(plan):
-            with contextlib.suppress(OSError):
-                _part(path).unlink()
         for made in folders:
             with contextlib.suppress(OSError):
                 made.rmdir()
         raise
 
 
+_OTHER_ENDINGS = (".safetensor", ".sft", ".st", ".pt", ".pth", ".bin", ".ckpt", ".gguf", ".onnx")
+
+
 def _check_kind(plan: Plan, output: Path) -> None:
+    for place in (_folder(plan), *_folder(plan).parents):
+        if place.is_symlink() and not place.exists():
+            raise PlanError(f"{place}: is a link to {os.readlink(place)}, which does not exist")
+    if output.suffix.lower() in (*_OTHER_ENDINGS, SUFFIX) and output.suffix != SUFFIX and not output.is_dir():
+        raise PlanError(f"{output}: a file ends in {SUFFIX}, and a folder must not look like a file; rename it")
     if is_single_file(plan.output.path) and output.is_dir():
         raise PlanError(f"{output}: is a folder; name a file, or a folder without the ending {SUFFIX}")
     if not is_single_file(plan.output.path) and output.is_file():
@@ -74,6 +88,13 @@ def _check_kind(plan: Plan, output: Path) -> None:
 
 def _check_existing(plan: Plan, output: Path) -> None:
     """A file that would be replaced needs ``overwrite``; one that would mix with the output is refused."""
+    if waiting := _own(plan, PREVIOUS_SUFFIX):
+        old, name = waiting[0], waiting[0].name.removesuffix(PREVIOUS_SUFFIX)
+        held = "a new one is there already" if os.path.lexists(old.with_name(name)) else f"{name} is missing"
+        raise PlanError(
+            f"{old}: left by a run that was stopped while it replaced {name} ({held}); rename it back to {name}, or "
+            "delete it"
+        )
     if not plan.output.overwrite:
         existing = [path for path in [*_final_paths(plan), *_stale(plan)] if os.path.lexists(path)]
         if existing:
@@ -106,16 +127,16 @@ def _make_folders(plan: Plan) -> list[Path]:
 def _create_parts(plan: Plan) -> None:
     """Shards with their headers and all tensors whose bytes are known already."""
     for shard in plan.shards:
-        create_sparse(_part(Path(shard.path)), shard.size, shard.head)
-    writers: dict[str, Writer] = {}
-    with contextlib.ExitStack() as stack:
-        for layer in plan.layers:
-            slots = {slot.name: slot for slot in layer.slots}
-            for spec, content in layer.constants:
-                slot = slots[spec.name]
-                if slot.path not in writers:
-                    writers[slot.path] = stack.enter_context(Writer(slot.path + PART_SUFFIX))
-                writers[slot.path].write(content, slot.start)
+        create_sparse(part(Path(shard.path)), shard.size, shard.head)
+    known: dict[str, list[tuple[int, bytes]]] = {}
+    for layer in plan.layers:
+        slots = {slot.name: slot for slot in layer.slots}
+        for spec, content in layer.constants:
+            known.setdefault(slots[spec.name].path, []).append((slots[spec.name].start, content))
+    for path, contents in known.items():  # one file at a time: there may be more shards than descriptors
+        with Writer(path + PART_SUFFIX) as writer:
+            for start, content in contents:
+                writer.write(content, start)
 
 
 def _commit(plan: Plan) -> None:
@@ -126,45 +147,15 @@ def _commit(plan: Plan) -> None:
         _write_part(*index)
     paths = _final_paths(plan)
     for path in paths:
-        sync_file(_part(path))
-    _exchange(paths, _stale(plan))
-    sync_dir(_folder(plan))
-
-
-def _exchange(paths: list[Path], stale: list[Path]) -> None:
-    """Gives all parts their names in order and removes ``stale``; or puts back what was there, when one fails."""
-    if len(paths) == 1 and not stale:
-        replace(_part(paths[0]), paths[0])  # takes the place of an old file without a moment between
-        return
-    old = [path for path in [*reversed(paths), *stale] if os.path.lexists(path)]
-    moved: list[Path] = []
-    placed: list[Path] = []
-    try:
-        for path in old:
-            replace(path, _previous(path))
-            moved.append(path)
-        for path in paths:
-            replace(_part(path), path)
-            placed.append(path)
-    except BaseException:
-        for path in placed:
-            with contextlib.suppress(OSError):
-                path.unlink()
-        for path in moved:
-            with contextlib.suppress(SinkError):
-                replace(_previous(path), path)
-        raise
-    for path in moved:
+        sync_file(part(path))
+    check_unchanged(plan.source)
+    if not plan.output.overwrite and (found := [path for path in paths if os.path.lexists(path)]):
+        raise SinkError(f"{found[0]}: appeared while the conversion ran; nothing was written; write somewhere else")
+    exchange(paths, _stale(plan))
+    for path in _own(plan, PART_SUFFIX):  # of a run that was killed
         with contextlib.suppress(OSError):
-            _previous(path).unlink()
-
-
-def _part(path: Path) -> Path:
-    return path.with_name(path.name + PART_SUFFIX)
-
-
-def _previous(path: Path) -> Path:
-    return path.with_name(path.name + _PREVIOUS_SUFFIX)
+            path.unlink()
+    sync_dir(_folder(plan))
 
 
 def _folder(plan: Plan) -> Path:
@@ -188,7 +179,7 @@ def _stale(plan: Plan) -> list[Path]:
     folder, single = _folder(plan), is_single_file(plan.output.path)
     if not folder.is_dir() or (single and plan.output.shard_bytes is None):
         return []
-    stem = Path(plan.output.path).name.removesuffix(SUFFIX) if single else stem_of(plan.source.files)
+    stem = _stem(plan)
     index = folder / f"{stem}{SUFFIX}.index.json"
     found = {index.name, *_shards_of(index)}
     if not single:
@@ -198,6 +189,28 @@ def _stale(plan: Plan) -> list[Path]:
     sources = {path.resolve() for path in plan.source.files}
     paths = [folder / name for name in sorted(found - kept)]
     return [path for path in paths if os.path.lexists(path) and not path.is_dir() and path.resolve() not in sources]
+
+
+def _own(plan: Plan, ending: str) -> list[Path]:
+    """Files named as this output's are, in any number of shards, with an ending after it."""
+    folder = _folder(plan)
+    if not folder.is_dir():
+        return []
+    pattern = re.compile(re.escape(_stem(plan)) + rf"(-\d{{5}}-of-\d{{5}})?{SUFFIX}(\.index\.json)?{ending}")
+    names = {target.name + ending for _, target in _sidecars(plan)}
+    return sorted(path for path in folder.iterdir() if pattern.fullmatch(path.name) or path.name in names)
+
+
+def _locks(plan: Plan) -> list[Path]:
+    """A folder's own, and that of the single file whose parts would have the same names."""
+    folder = _folder(plan)
+    file = folder / f"{_stem(plan)}{SUFFIX}.lock"
+    return [file] if is_single_file(plan.output.path) else [folder / ".quantloom.lock", file]
+
+
+def _stem(plan: Plan) -> str:
+    single = is_single_file(plan.output.path)
+    return Path(plan.output.path).name.removesuffix(SUFFIX) if single else stem_of(plan.source.files)
 
 
 def _shards_of(index: Path) -> set[str]:
@@ -233,4 +246,4 @@ def _sidecar_content(plan: Plan, path: Path) -> bytes:
 
 
 def _write_part(path: Path, content: bytes) -> None:
-    create_sparse(_part(path), len(content), content)
+    create_sparse(part(path), len(content), content)

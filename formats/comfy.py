@@ -70,11 +70,6 @@ def format_string(fmt: Format) -> str:
     return base + {"tensor": "", "row": "_rowwise", "block": "_blockwise"}[fmt.scaling]
 
 
-def needs_extension(fmt: Format) -> bool:
-    """Whether stock ComfyUI refuses the format, so that only ComfyUI-QuantOps loads it."""
-    return fmt.scaling == "block" or (fmt.name == "fp8" and fmt.scaling == "row")
-
-
 def marker(fmt: Format, shape: tuple[int, int], options: LayerOptions) -> dict[str, object]:
     """The JSON of a layer's marker, keys in the order that existing files have them."""
     entry: dict[str, object] = {"format": format_string(fmt)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterable
 
 
@@ -28,6 +29,18 @@ class NonFiniteError(QuantloomError):
 
 class SinkError(QuantloomError):
     """Output that could not be written; nothing was left under a final name."""
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxdict, _SHORT.maxstring, _SHORT.maxlong = 2, 8, 4, 160, 40
+
+
+def shown(value: object) -> str:
+    """A value in a message: quoted, and short however long or deep an attacker made it."""
+    try:
+        return _SHORT.repr(value)
+    except ValueError:  # Python writes no number of more than some thousand digits
+        return f"a huge {type(value).__name__}"
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

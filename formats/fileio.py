@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 PORTABLE = os.environ.get("QUANTLOOM_PORTABLE_IO") == "1" or not (hasattr(os, "preadv") and hasattr(os, "pwrite"))
 """True: lock and seek instead of positional calls, no directory sync. Read each time a file is opened."""
 
+_NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
 _MAX_CALL = 1 << 30  # macOS answers EINVAL to a single call above 2 GiB, and Linux cuts it short
 
 # What a file system says when it has no sync for directories (CIFS, FUSE); a real failure is EIO or ENOSPC.
@@ -165,15 +166,18 @@ class Writer:
 
 
 def create_sparse(path: str | Path, size: int, head: bytes) -> None:
-    """Create or empty ``path``, ``size`` bytes long, starting with ``head``; the rest reads as zeros.
+    """Create ``path`` anew, ``size`` bytes long, starting with ``head``; the rest reads as zeros. No link is followed.
 
-    Blocks are taken from the disk only as they are written, so check `free_bytes` first. Nothing is left behind when
-    this raises SinkError. Raises ValueError when ``head`` is longer than the file.
+    Blocks are taken from the disk only as they are written: check `free_bytes` first. SinkError leaves nothing behind.
     """
     if len(head) > size:
         raise ValueError(f"head of {len(head)} bytes in a file of {size} bytes")
     try:
-        file = FileIO(str(path), "w")
+        if os.path.lexists(path):
+            if not stat.S_ISREG(os.lstat(path).st_mode):
+                raise SinkError(f"{path}: stands in the way and is not a regular file: remove it, or write elsewhere")
+            Path(path).unlink()
+        file = FileIO(str(path), "x", opener=lambda name, flags: os.open(name, flags | _NO_FOLLOW, 0o666))
     except (OSError, ValueError) as error:
         raise _sink_error(path, "cannot create", error) from error
     try:
@@ -190,8 +194,7 @@ def create_sparse(path: str | Path, size: int, head: bytes) -> None:
 
 def sync_file(path: str | Path) -> None:
     """Wait until a file's bytes are on the device, whoever wrote them; SinkError otherwise."""
-    # Windows refuses to sync a descriptor that is open for reading only, hence a Writer.
-    with Writer(path) as writer:
+    with Writer(path) as writer:  # Windows refuses to sync a descriptor that is open for reading only
         writer.sync()
 
 
@@ -220,9 +223,7 @@ def replace(src: str | Path, dst: str | Path) -> None:
 
 def free_bytes(folder: str | Path) -> int:
     """Bytes that this user may still write in ``folder``, or in the nearest parent that exists."""
-    place = Path(folder).absolute()
-    while not place.exists() and place != place.parent:
-        place = place.parent
+    place = next(place for place in (Path(folder).absolute(), *Path(folder).absolute().parents) if place.exists())
     try:
         return shutil.disk_usage(place).free
     except OSError as error:
@@ -241,8 +242,7 @@ def same_file(a: str | Path, b: str | Path) -> bool:
 
 def _flat(buffer: bytes | bytearray | memoryview) -> memoryview:
     view = memoryview(buffer)
-    # memoryview.cast refuses a shape with a zero in it.
-    return view.cast("B") if view.nbytes else memoryview(b"")
+    return view.cast("B") if view.nbytes else memoryview(b"")  # cast refuses a shape with a zero in it
 
 
 def _reason(error: Exception) -> str:

@@ -99,15 +99,6 @@ class Format(ABC):
         size = self.block_size or 1
         return (rows // size, columns // size) if self.scaling == "block" else (rows, columns // size)
 
-    def scale_rows(self, rows: torch.Tensor | slice) -> torch.Tensor | slice | None:
-        """Indices into the first scale dimension for these rows; None when one scale serves all."""
-        if self.scaling == "tensor":
-            return None
-        if self.scaling != "block" or not self.block_size:
-            return rows
-        assert isinstance(rows, torch.Tensor)
-        return rows // self.block_size
-
     @property
     def searches(self) -> bool:
         """Whether scale search (rounding ``mse``) can differ from amax scales."""

@@ -7,8 +7,8 @@ every layer below its prefix that has a ``scale_weight`` (ComfyUI ``utils.conver
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 from .comfy import HEADER_KEY, MARKER, PREFIXES, model_prefix
@@ -61,20 +61,17 @@ def is_legacy_marker(name: str) -> bool:
 
 def _marker_tensors(refs: Mapping[str, TensorRef]) -> dict[str, Entry]:
     found: dict[str, Entry] = {}
-    with ExitStack() as stack:
-        readers: dict[str, Reader] = {}
-        for key, ref in refs.items():
-            if not key.endswith(MARKER):
-                continue
-            where = f"{ref.path}: {key}"
-            if ref.dtype != "U8" or ref.nbytes > _MAX_BYTES:
-                held = f"{ref.nbytes} bytes of {ref.dtype}"
-                raise CheckpointError(f"{where} holds {held}; a marker is JSON in at most {_MAX_BYTES} bytes of U8")
-            if ref.path not in readers:
-                readers[ref.path] = stack.enter_context(Reader(ref.path))
-            content = bytearray(ref.nbytes)
-            readers[ref.path].read_into(memoryview(content), ref.start)
-            found[key.removesuffix(MARKER)] = _object(parse_json(bytes(content), where), where)
+    markers = [(key, ref) for key, ref in refs.items() if key.endswith(MARKER)]
+    for path, own in groupby(markers, lambda item: item[1].path):  # one file at a time: there may be thousands
+        with Reader(path) as reader:
+            for key, ref in own:
+                where = f"{path}: {key}"
+                if ref.dtype != "U8" or ref.nbytes > _MAX_BYTES:
+                    held = f"{ref.nbytes} bytes of {ref.dtype}"
+                    raise CheckpointError(f"{where} holds {held}; a marker is JSON in at most {_MAX_BYTES} bytes of U8")
+                content = bytearray(ref.nbytes)
+                reader.read_into(memoryview(content), ref.start)
+                found[key.removesuffix(MARKER)] = _object(parse_json(bytes(content), where), where)
     return found
 
 

@@ -66,6 +66,9 @@ def make_format(name: str, scaling: str | None = None, block_size: int | None = 
             raise UsageError(f"{name} scales groups of {info.group_size} by definition; drop scaling {scaling!r}")
         raise UsageError(f"{name} has no scaling {chosen!r}{did_you_mean(chosen, info.scalings)}")
     size = info.group_size
+    if chosen != "block" and block_size not in (None, size):
+        hint = "name scaling 'block'" if "block" in info.scalings else "drop it"
+        raise UsageError(f"a block size of {block_size} means nothing to {name} with scaling {chosen!r}; {hint}")
     if chosen == "block":
         size = DEFAULT_BLOCK_SIZE if block_size is None else block_size
         if size < 1:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import torch
 
+from .scratch import scratch
+
 
 def rotation_group(n: int, limit: int | None = None) -> int | None:
     """The largest 4**k, k >= 1, that divides ``n`` (and is at most ``limit``); None when 4 does not divide it."""
@@ -31,11 +33,13 @@ def rotate_(x: torch.Tensor, group: int) -> torch.Tensor:
     stride = 1
     while stride < group:
         a, b, c, d = x.view(x.shape[0], -1, 4, stride).unbind(2)
-        half = ((a + b) + (c + d)).mul_(0.5)
-        torch.sub(half, a, out=(a_new := torch.empty_like(half)))
-        torch.sub(half, d, out=(d_new := torch.empty_like(half)))
-        b_new, c_new = half - b, half - c
+        half, spare = scratch("rotation", (2, *a.shape), x.dtype, x.device)
+        torch.add(c, d, out=spare)
+        torch.add(a, b, out=half).add_(spare).mul_(0.5)
         # Rows of H4 / 2: (sum - 2 * one element) / 2, the element counted from the end.
-        a.copy_(d_new), b.copy_(c_new), c.copy_(b_new), d.copy_(a_new)
+        for first, last in ((a, d), (b, c)):
+            spare.copy_(first)
+            torch.sub(half, last, out=first)
+            torch.sub(half, spare, out=last)
         stride *= 4
     return x

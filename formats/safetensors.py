@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import reprlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .errors import CheckpointError, PlanError, did_you_mean
+from .errors import CheckpointError, PlanError, did_you_mean, shown
 from .fileio import Reader
 from .tensors import DTYPE_BITS, TensorRef
 
@@ -91,7 +90,7 @@ def layout(specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> tuple[by
     for index in order:
         spec = specs[index]
         if spec.name in table:
-            raise PlanError(f"tensor {_show(spec.name)} would be written twice in one file, or has a reserved name")
+            raise PlanError(f"tensor {shown(spec.name)} would be written twice in one file, or has a reserved name")
         starts[index] = position
         end = position + spec.nbytes
         table[spec.name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [position, end]}
@@ -101,7 +100,7 @@ def layout(specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> tuple[by
     try:
         text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
-        raise PlanError(f"tensor name or metadata {_show(error.object)} cannot be written as UTF-8") from error
+        raise PlanError(f"tensor name or metadata {shown(error.object)} cannot be written as UTF-8") from error
     text += b" " * (-(8 + len(text)) % DATA_ALIGNMENT)
     if len(text) > MAX_HEADER_BYTES:
         raise PlanError(f"header of {len(text)} bytes; readers accept {MAX_HEADER_BYTES}: write more shards")
@@ -131,7 +130,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(table) != len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"duplicate key {_show(twice)}")
+        raise ValueError(f"duplicate key {shown(twice)}")
     return table
 
 
@@ -168,10 +167,10 @@ def _read_head(reader: Reader) -> bytes:
 
 def _check_metadata(where: str, metadata: Any) -> dict[str, str]:
     if not isinstance(metadata, dict):
-        raise CheckpointError(f"{where}: {_METADATA} is {_show(metadata)}, not an object of strings")
+        raise CheckpointError(f"{where}: {_METADATA} is {shown(metadata)}, not an object of strings")
     for key, value in metadata.items():
         if not isinstance(value, str):
-            raise CheckpointError(f"{where}: {_METADATA} key {_show(key)} holds {_show(value)}, not a string")
+            raise CheckpointError(f"{where}: {_METADATA} key {shown(key)} holds {shown(value)}, not a string")
     return metadata
 
 
@@ -180,37 +179,37 @@ def _check_tensor(where: str, name: str, info: Any, data_start: int) -> TensorRe
     try:
         dtype, shape, begin = _check_entry(info)
     except ValueError as error:
-        raise CheckpointError(f"{where}: tensor {_show(name)}: {error}") from None
+        raise CheckpointError(f"{where}: tensor {shown(name)}: {error}") from None
     return TensorRef(name, dtype, shape, where, data_start + begin)
 
 
 def _check_entry(info: Any) -> tuple[str, tuple[int, ...], int]:
     """dtype, shape and begin (bytes, relative to the data); ValueError says what is wrong."""
     if not isinstance(info, dict):
-        raise ValueError(f"entry is {_show(info)}, not an object")
+        raise ValueError(f"entry is {shown(info)}, not an object")
     if missing := [key for key in ("dtype", "shape", "data_offsets") if key not in info]:
         raise ValueError(f"entry lacks {', '.join(missing)}")
     dtype, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         hint = did_you_mean(dtype[:40], DTYPE_BITS) if isinstance(dtype, str) else ""
-        raise ValueError(f"unknown dtype {_show(dtype)}{hint}")
+        raise ValueError(f"unknown dtype {shown(dtype)}{hint}")
     if not _is_counts(shape):
-        raise ValueError(f"shape {_show(shape)} is not a list of non-negative integers")
+        raise ValueError(f"shape {shown(shape)} is not a list of non-negative integers")
     if not _is_counts(offsets) or len(offsets) != 2 or not offsets[0] <= offsets[1] < _MAX_COUNT:
-        raise ValueError(f"data_offsets {_show(offsets)} is not [begin, end] with begin <= end < 2**63")
+        raise ValueError(f"data_offsets {shown(offsets)} is not [begin, end] with begin <= end < 2**63")
     elements = 1
     for length in shape:
         # A zero must not hide the absurd rest of a shape: its strides would overflow all the same.
         elements *= max(length, 1)
         if elements > _MAX_COUNT:
-            raise ValueError(f"shape {_show(shape)} has more than 2**63 elements")
+            raise ValueError(f"shape {shown(shape)} has more than 2**63 elements")
     bits = 0 if 0 in shape else elements * DTYPE_BITS[dtype]
     if bits % 8:
-        raise ValueError(f"{dtype} of shape {_show(shape)} takes {bits} bits, not a whole number of bytes")
+        raise ValueError(f"{dtype} of shape {shown(shape)} takes {bits} bits, not a whole number of bytes")
     begin, end = offsets
     if bits // 8 != end - begin:
         raise ValueError(
-            f"{dtype} of shape {_show(shape)} takes {bits // 8} bytes, but data_offsets {offsets} hold {end - begin}"
+            f"{dtype} of shape {shown(shape)} takes {bits // 8} bytes, but data_offsets {offsets} hold {end - begin}"
         )
     return dtype, tuple(shape), begin
 
@@ -222,18 +221,18 @@ def _check_coverage(where: str, refs: Sequence[TensorRef], data_start: int, size
         if ref.start != end:
             kind = "overlaps" if ref.start < end else "leaves a hole after"
             raise CheckpointError(
-                f"{where}: tensor {_show(ref.name)} {kind} {_show(before)}: "
+                f"{where}: tensor {shown(ref.name)} {kind} {shown(before)}: "
                 f"it begins at byte {ref.start} of the file, where {end} was due"
             )
         end, before = ref.start + ref.nbytes, ref.name
     if end > size:
         raise CheckpointError(
-            f"{where}: tensor {_show(before)} ends at byte {end}, beyond the file's {size} bytes: "
+            f"{where}: tensor {shown(before)} ends at byte {end}, beyond the file's {size} bytes: "
             "the file is truncated, fetch it again"
         )
     if end < size:
         raise CheckpointError(
-            f"{where}: {size - end} trailing bytes: data ends with {_show(before)} at byte {end}, the file at {size}"
+            f"{where}: {size - end} trailing bytes: data ends with {shown(before)} at byte {end}, the file at {size}"
         )
 
 
@@ -242,18 +241,9 @@ def _is_counts(value: Any) -> bool:
 
 
 def _writable(spec: TensorSpec) -> TensorSpec:
-    at = f"tensor {_show(spec.name)}"
+    at = f"tensor {shown(spec.name)}"
     if spec.dtype not in DTYPE_BITS:
         raise PlanError(f"{at}: unknown dtype {spec.dtype!r}{did_you_mean(spec.dtype, DTYPE_BITS)}")
     if spec.numel * DTYPE_BITS[spec.dtype] % 8:
         raise PlanError(f"{at}: {spec.dtype} of shape {list(spec.shape)} is not a whole number of bytes")
     return spec
-
-
-_SHORT = reprlib.Repr()
-_SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxdict, _SHORT.maxstring, _SHORT.maxlong = 2, 8, 4, 160, 40
-
-
-def _show(value: Any) -> str:
-    """A value of the header in a message: quoted, and short however long or deep an attacker made it."""
-    return _SHORT.repr(value)

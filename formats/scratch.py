@@ -41,8 +41,3 @@ def tiles(x: torch.Tensor, size: int = 0) -> Iterator[slice]:
     step = count if x.device.type != "cpu" else max(1, size * count // max(1, x.numel()))
     for start in range(0, count, max(1, step)):
         yield slice(start, min(start + step, count))
-
-
-def release() -> None:
-    """Drops this thread's buffers."""
-    _local.__dict__.clear()

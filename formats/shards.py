@@ -60,8 +60,9 @@ def lay_out(groups: Sequence[Sequence[TensorSpec]], output: str, shard_bytes: in
 
 def _shard(path: Path, specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> Shard:
     head, starts, size = layout(specs, metadata)
+    place = str(path.absolute())  # workers of a cluster stand elsewhere
     slots = tuple(
-        Slot(spec.name, spec.dtype, spec.shape, str(path), start) for spec, start in zip(specs, starts, strict=True)
+        Slot(spec.name, spec.dtype, spec.shape, place, start) for spec, start in zip(specs, starts, strict=True)
     )
     return Shard(str(path), head, size, slots)
 

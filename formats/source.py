@@ -12,13 +12,14 @@ import json
 import logging
 import os
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
-from .errors import CheckpointError, did_you_mean
+from .errors import CheckpointError
 from .fileio import Reader
+from .hints import PICKLES, found_instead, near
 from .safetensors import Header, parse_json, read_header
 
 if TYPE_CHECKING:
@@ -29,8 +30,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _INDEX = ".safetensors.index.json"
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-_WEIGHTS = (*_PICKLES, ".gguf", ".onnx", ".h5", ".msgpack", ".safetensors")
+_WEIGHTS = (*PICKLES, ".gguf", ".onnx", ".h5", ".msgpack", ".safetensors")
 _SIDECARS = (".json", ".txt", ".model", ".jinja", ".py", ".md")
 _MAX_SIDECAR_BYTES = 64_000_000
 _MAX_INDEX_BYTES = 100_000_000
@@ -58,6 +58,10 @@ class Source:
     """sha256 (hex) over name, size, mtime and header of every file: another value, another checkpoint."""
     layout: str
     """sha256 (hex) over size and header of every file: the same wherever and whenever the files were put down."""
+    stamps: tuple[tuple[Path, int, int], ...]
+    """Every file with its bytes and mtime (ns) when it was opened: what a later look must find again."""
+    takes_all: bool = False
+    """Whether every safetensors file directly in ``root`` belongs to it: a folder without an index."""
 
     @property
     def nbytes(self) -> int:
@@ -88,7 +92,9 @@ def _open(where: str | Path | Sequence[str | Path]) -> Source:
     path = Path(where)
     if path.is_dir():
         index = _index_of(path)
-        return _open_index(index) if index else _read(_shards_of(path), path, _sidecars(path))
+        if index:
+            return _open_index(index)
+        return replace(_read(_shards_of(path), path, _sidecars(path)), takes_all=True)
     if path.name.lower().endswith(".index.json") and path.is_file():
         return _open_index(path)
     # A file may have brackets in its own name, so that a pattern is only what is no file.
@@ -96,7 +102,7 @@ def _open(where: str | Path | Sequence[str | Path]) -> Source:
         return _read([path], path.parent, ())
     if glob.has_magic(str(where)):
         return _open_glob(str(where))
-    raise CheckpointError(f"{path}: does not exist{_near(path)}")
+    raise CheckpointError(f"{path}: does not exist{near(path)}")
 
 
 def _open_list(paths: list[Path]) -> Source:
@@ -106,7 +112,7 @@ def _open_list(paths: list[Path]) -> Source:
         if path.is_dir():
             raise CheckpointError(f"{path}: is a folder; a list holds files only, give a folder alone")
         if not os.path.lexists(path):
-            raise CheckpointError(f"{path}: does not exist{_near(path)}")
+            raise CheckpointError(f"{path}: does not exist{near(path)}")
     return _read(paths, min(paths).parent, ())
 
 
@@ -115,7 +121,7 @@ def _open_glob(pattern: str) -> Source:
     matches = [Path(match) for match in glob.glob(pattern, recursive=True)]
     files = [path for path in matches if path.name.endswith(".safetensors") and not path.is_dir()]
     if not files:
-        raise CheckpointError(f"{pattern}: no safetensors file matches this pattern; {_found_instead(matches)}")
+        raise CheckpointError(f"{pattern}: no safetensors file matches this pattern; {found_instead(matches)}")
     return _read(files, min(files).parent, ())
 
 
@@ -179,7 +185,7 @@ def _shards_of(folder: Path) -> list[Path]:
     if not files:
         inside = sorted({path.parent.name for path in islice(folder.glob("*/*.safetensors"), 100)})
         hint = f"; sub-folders that hold some: {', '.join(inside)}" if inside else ""
-        raise CheckpointError(f"{folder}: no safetensors file in this folder; {_found_instead(entries)}{hint}")
+        raise CheckpointError(f"{folder}: no safetensors file in this folder; {found_instead(entries)}{hint}")
     return [path for path in files if not path.name.startswith("adapter_")] or files
 
 
@@ -219,7 +225,8 @@ def _read(paths: Iterable[Path], root: Path, sidecars: tuple[Path, ...]) -> Sour
     stamps = [stamp for _, stamp in opened]
     fingerprint = hashlib.sha256(json.dumps(stamps).encode()).hexdigest()
     layout = hashlib.sha256(json.dumps([[size, digest] for _, size, _, digest in stamps]).encode()).hexdigest()
-    return Source(refs, metadata, files, sidecars, _config(root), root, fingerprint, layout)
+    seen = tuple((path, size, mtime) for path, (_, size, mtime, _) in zip(files, stamps, strict=True))
+    return Source(refs, metadata, files, sidecars, _config(root), root, fingerprint, layout, seen)
 
 
 def _read_one(path: Path) -> tuple[Header, tuple[str, int, int, str]]:
@@ -238,24 +245,3 @@ def _config(root: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, RecursionError):
         return None
     return config if isinstance(config, dict) else None
-
-
-def _found_instead(paths: Iterable[Path]) -> str:
-    names = sorted(path.name for path in paths)
-    if pickles := [name for name in names if name.endswith(_PICKLES)]:
-        return f"found {pickles[0]}, which is a pickle, which can run code; convert it to safetensors first"
-    if ggufs := [name for name in names if name.endswith(".gguf")]:
-        return f"found {ggufs[0]}, which is a GGUF file; quantloom reads safetensors"
-    if not names:
-        return "found nothing"
-    return f"found {', '.join(names[:5])}" + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
-def _near(path: Path) -> str:
-    """A hint at siblings with a similar name, or at the parent that is missing too."""
-    try:
-        siblings = [entry.name for entry in islice(path.parent.iterdir(), 1000) if not entry.name.startswith(".")]
-    except (OSError, ValueError):
-        return f", and neither does the folder {path.parent}"
-    hint = did_you_mean(path.name, siblings) if siblings else f"; the folder {path.parent} is empty"
-    return hint if len(hint) < 300 else ""

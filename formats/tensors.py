@@ -37,12 +37,6 @@ def torch_dtype(name: str) -> torch.dtype:
     return dtype
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    """The safetensors name of a torch dtype."""
-    short = str(dtype).removeprefix("torch.")
-    return next(name for name, torch_name in _TORCH_NAMES.items() if torch_name == short)
-
-
 @dataclass(frozen=True)
 class TensorSpec:
     """What a tensor will be: name, dtype and shape, before it has a place."""

@@ -13,6 +13,7 @@ from ..formats.comfy import MARKER, format_string, marker_tensor
 from ..formats.encoding import Encoding
 from ..formats.fileio import Reader
 from ..formats.layers import Layer
+from ..formats.markers import flat
 from ..formats.tensors import TensorRef, TensorSpec, torch_dtype
 from .reading import Copy, Decode
 from .work import LayerPlan
@@ -40,7 +41,8 @@ def keep(layer: Layer, reason: str) -> LayerPlan:
 
 def _describes(marker: Mapping[str, Any], encoding: Encoding) -> bool:
     """Whether a client that believes the marker reads what the scales really are; one scale fits every label."""
-    label = {"hybrid_mxfp8": "mxfp8"}.get(marker["format"], marker["format"])
+    said = flat(marker).get("format")
+    label = "mxfp8" if said == "hybrid_mxfp8" else said
     return label == format_string(encoding.build()) or (encoding.scales is not None and encoding.scales.numel == 1)
 
 

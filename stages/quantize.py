@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
 from ..formats.comfy import LayerOptions, storage
-from ..formats.errors import PlanError, UsageError, did_you_mean
+from ..formats.errors import PlanError, UsageError, did_you_mean, shown
 from ..formats.format import Format
 from ..formats.registry import make_format
 from ..formats.rotation import is_power_of_four, rotation_group
@@ -17,6 +18,7 @@ from .packing import Pack
 from .reading import Decode, Read
 from .rotation import Rotate
 from .rounding import Round
+from .rules import is_scale
 from .scaling import Scale
 from .stage import Context
 from .work import LayerPlan, Step
@@ -52,10 +54,8 @@ class Quantize:
     """What a NaN or Inf weight does: ``refuse`` the conversion, or ``keep`` that layer unquantized."""
 
     def __post_init__(self) -> None:
-        make_format(self.format, self.scaling, self.block_size)
-        _check_choice("rounding", self.rounding, ROUNDINGS)
         _check_choice("nonfinite", self.nonfinite, NONFINITE)
-        _check_rotation(self.rotate, make_format(self.format, self.scaling, self.block_size))
+        _checked_format({name: getattr(self, name) for name in PER_LAYER})
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -73,7 +73,7 @@ class Quantize:
     def _plan_layer(self, plan: LayerPlan, context: Context) -> LayerPlan:
         assert plan.settings is not None
         chosen = self._merge(plan.settings.overrides)
-        fmt = make_format(chosen["format"], chosen["scaling"], chosen["block_size"])
+        fmt = _checked_format(chosen)
         shape = plan.layer.weight.shape
         barred = plan.settings.barred.get(fmt.name)
         reason = barred or fmt.refuse((shape[0], shape[1]))
@@ -85,12 +85,23 @@ class Quantize:
         """This stage's options with a layer's own; another format does not inherit scaling, blocks or rotation."""
         options = {name: getattr(self, name) for name in PER_LAYER}
         if overrides.get("format", self.format) != self.format:
-            options.update(scaling=None, block_size=None, rotate=None)
+            options.update(scaling=None, block_size=None, rotate=None, input_scale=None)
         elif overrides.get("scaling", self.scaling) != self.scaling:
-            options.update(rotate=None)
-        options.update(overrides)
-        _check_choice("rounding", options["rounding"], ROUNDINGS)
-        return options
+            options.update(block_size=None, rotate=None)
+        return {**options, **overrides}
+
+
+def _checked_format(options: Mapping[str, Any]) -> Format:
+    """The format of these options; UsageError for one that is unknown or that would have no effect."""
+    fmt = make_format(options["format"], options["scaling"], options["block_size"])
+    _check_choice("rounding", options["rounding"], ROUNDINGS)
+    _check_rotation(options["rotate"], fmt)
+    scale = options["input_scale"]
+    if scale is not None and not is_scale(scale):
+        raise UsageError(f"input scale {shown(scale)} must be a positive number that float32 holds")
+    if scale is not None and not fmt.name.startswith("fp8"):
+        raise UsageError(f"an input scale belongs to FP8 layers, not to {fmt.name}; drop it")
+    return fmt
 
 
 def _chain(plan: LayerPlan, fmt: Format, chosen: Mapping[str, Any], context: Context) -> LayerPlan:
@@ -124,8 +135,8 @@ def _check_rotation(rotate: str | None, fmt: Format) -> None:
     if rotate is None:
         return
     kind, _, size = rotate.partition(":")
-    if kind != "hadamard" or not (size.isdigit() or size in ("", "auto")):
-        raise UsageError(f"unknown rotation {rotate!r}; write hadamard or hadamard:256")
+    if kind != "hadamard" or not re.fullmatch("[0-9]{1,9}|auto|", size):
+        raise UsageError(f"unknown rotation {shown(rotate)}; write hadamard or hadamard:256")
     if size.isdigit() and not is_power_of_four(int(size)):
         raise UsageError(f"rotation group {size} is not a power of four: clients refuse it; use 4, 16, 64, 256 or 1024")
     if fmt.name != "int8" or fmt.scaling != "row":
@@ -142,4 +153,3 @@ def _rotation(rotate: str | None, fmt: Format, columns: int) -> int | None:
     if not size.isdigit():
         return rotation_group(columns)
     return int(size) if columns % int(size) == 0 else None
-

@@ -42,8 +42,8 @@ class Round:
                 if original.shape[0]:
                     multiplier = _multiplier_rows(fmt, chunk.scales.multiplier, sampled, chunk.x.shape[0])
                     decoded = fmt.decode(chunk.codes[sampled], multiplier)
-                    error.add_(decoded.sub_(original).square_().sum(dtype=torch.float64))
-                    weight.add_(original.square_().sum(dtype=torch.float64))
+                    error.add_(decoded.sub_(original).double().square_().sum())
+                    weight.add_(original.double().square_().sum())
                 yield chunk
             work.squared_error, work.squared_weight = float(error), float(weight)
 

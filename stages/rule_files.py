@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from ..formats.errors import UsageError
+from ..formats.errors import UsageError, shown
 from .rules import Rule
 
 
@@ -24,16 +24,18 @@ def load_rules(path: str | Path) -> tuple[Rule, ...]:
         raise UsageError(f"layer file {file}: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
         raise UsageError(f"layer file {file}: not UTF-8 text (byte {error.start})") from None
+    except ValueError as error:  # a NUL, or what is no Unicode
+        raise UsageError(f"layer file {shown(str(file))}: {error}") from None
     data = _parse(file, text)
     if not isinstance(data, Mapping):
         raise UsageError(f"layer file {file}: holds {_kind(data)}, not a mapping of pattern to settings")
     rules = []
     for order, (pattern, settings) in enumerate(data.items()):
         if not isinstance(pattern, str):
-            raise UsageError(f"layer file {file}: {pattern!r} is no pattern; quote it")
+            raise UsageError(f"layer file {file}: {shown(pattern)} is no pattern; quote it")
         if not isinstance(settings, Mapping):
             raise UsageError(
-                f"layer file {file}: {pattern!r} has {_kind(settings)} instead of settings such as {{format: fp8}}"
+                f"layer file {file}: {shown(pattern)} has {_kind(settings)} instead of settings such as {{format: fp8}}"
             )
         try:
             rules.append(Rule(pattern, dict(settings), order))
@@ -74,7 +76,7 @@ def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
     found: dict[str, object] = {}
     for key, value in pairs:
         if key in found:
-            raise ValueError(f"{key!r} is given twice")
+            raise ValueError(f"{shown(key)} is given twice")
         found[key] = value
     return found
 
@@ -89,7 +91,7 @@ def _yaml_loader() -> type[yaml.SafeLoader]:
             for key, _ in node.value:
                 if isinstance(key, yaml.ScalarNode):
                     if key.value in seen:
-                        problem = f"{key.value!r} is given twice"
+                        problem = f"{shown(key.value)} is given twice"
                         raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
                     seen.add(key.value)
             return super().construct_mapping(node, deep)

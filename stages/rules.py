@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
-from ..formats.errors import UsageError, did_you_mean
+from ..formats.errors import UsageError, did_you_mean, shown
 from ..formats.registry import FORMATS, format_info
 
 _TYPES: dict[str, tuple[type, str]] = {
@@ -49,10 +49,14 @@ class Rule:
     """Place in the file; the first wins a tie."""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.pattern, str):
+            raise UsageError(f"rule: {shown(self.pattern)} is no pattern")
         compile_pattern(self.pattern, "rule")
         problem = _problem(self.settings)
+        if isinstance(self.order, bool) or not isinstance(self.order, int):
+            problem = f"order must be a whole number, not {shown(self.order)}"
         if problem:
-            raise UsageError(f"rule {self.pattern!r}: {problem}")
+            raise UsageError(f"rule {shown(self.pattern)}: {problem}")
 
     @property
     def skips(self) -> bool:
@@ -73,9 +77,10 @@ class Rule:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Rule:
-        if not {"pattern", "settings"} <= data.keys() <= {"pattern", "settings", "order"}:
-            raise UsageError(f"a rule has pattern, settings and order, not {', '.join(map(str, data))}")
-        return cls(data["pattern"], dict(data["settings"]), data.get("order", 0))
+        known = {"pattern", "settings", "order"}
+        if not isinstance(data, Mapping) or not {"pattern", "settings"} <= data.keys() <= known:
+            raise UsageError(f"a rule has pattern, settings and order; this is {shown(data)}")
+        return cls(data["pattern"], data["settings"], data.get("order", 0))
 
 
 def compile_pattern(pattern: str, what: str) -> re.Pattern[str]:
@@ -84,21 +89,31 @@ def compile_pattern(pattern: str, what: str) -> re.Pattern[str]:
         return re.compile(pattern)
     except re.error as error:
         place = "" if error.pos is None else f" at position {error.pos}"
-        raise UsageError(f"{what}: {pattern!r} is not a regular expression: {error.msg}{place}") from None
-    except (OverflowError, RecursionError) as error:
-        raise UsageError(f"{what}: {pattern!r} is not a usable regular expression: {error}") from None
+        raise UsageError(f"{what}: {shown(pattern)} is not a regular expression: {error.msg[:200]}{place}") from None
+    except (OverflowError, RecursionError, ValueError) as error:
+        raise UsageError(f"{what}: {shown(pattern)} is not a usable regular expression: {error}") from None
 
 
-def _problem(settings: Mapping[str, object]) -> str | None:
+def is_scale(value: float) -> bool:
+    """Whether a number can be stored as a scale: above zero, and a normal number of float32."""
+    return 2.0**-126 <= value <= (2 - 2.0**-23) * 2.0**127
+
+
+def _problem(settings: object) -> str | None:
+    if not isinstance(settings, Mapping):
+        return f"settings must be a mapping such as {{format: fp8}}, not {shown(settings)}"
     if not settings:
         return f"no settings; known: {', '.join(_TYPES)}"
     for name, value in settings.items():
         if name not in _TYPES:
-            return f"unknown setting {name!r}{did_you_mean(str(name), _TYPES)}"
+            return f"unknown setting {shown(name)}{did_you_mean(str(name), _TYPES)}"
         kind, words = _TYPES[name]
-        whole = isinstance(value, int) and not isinstance(value, bool) and value > 0
+        whole = isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**31
         if not (whole if kind is int else isinstance(value, kind)):
-            return f"{name} must be {words}, not {value!r}"
+            return f"{name} must be {words}, not {shown(value)}"
+    scale = settings.get("input_scale")
+    if isinstance(scale, float) and not is_scale(scale):
+        return f"input_scale {scale} must be a positive number that float32 holds"
     if settings.get("skip") is True and len(settings) > 1:
         return f"skip leaves nothing to set, but {', '.join(name for name in settings if name != 'skip')} is set too"
     return _scaling_problem(settings.get("format"), settings.get("scaling"))
@@ -112,7 +127,7 @@ def _scaling_problem(of: object, scaling: object) -> str | None:
         except UsageError as error:
             return str(error)
     if isinstance(scaling, str) and scaling not in known:
-        return f"unknown scaling {scaling!r}{f' of {of}' if of else ''}{did_you_mean(scaling, known)}"
+        return f"unknown scaling {shown(scaling)}{f' of {of}' if of else ''}{did_you_mean(scaling, known)}"
     return None
 
 
@@ -156,7 +171,7 @@ def match_rules(rules: Sequence[Rule], names: Sequence[str]) -> dict[str, Rule]:
         search = compile_pattern(rule.pattern, "rule").search
         matched = [name for name in names if search(name)]
         if not matched:
-            raise UsageError(f"rule {rule.pattern!r} matches no layer{nearest_names(rule.pattern, names)}")
+            raise UsageError(f"rule {shown(rule.pattern)} matches no layer{nearest_names(rule.pattern, names)}")
         for name in matched:
             won.setdefault(name, rule)
     return won

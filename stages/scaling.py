@@ -8,12 +8,15 @@ from dataclasses import dataclass
 import torch
 
 from ..formats.errors import NonFiniteError
-from ..formats.format import SAMPLE_SIZE, Stats, ceil_to
+from ..formats.format import SAMPLE_SIZE, Stats
 from ..formats.registry import make_format
 from .reading import as_float32, chunk_elements
 from .work import Chunk, Environment, LayerPlan, Work
 
 _SAMPLE_RANGES = 64
+
+LARGEST_WEIGHT = 2.0**127
+"""Weights from here on are refused like infinities: rounding up the largest of them would leave float32."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class Scale:
             for chunk in upstream(start, stop):
                 chunk.x = as_float32(chunk.x, fmt.columns(chunk.x.shape[1]))
                 amax = torch.zeros((), device=chunk.x.device) if fmt.scaling == "tensor" else fmt.amax(chunk.x)
-                if not torch.isfinite(amax).all():
+                if not (amax < LARGEST_WEIGHT).all():
                     refuse_nonfinite(work)
                 searching = self.search and fmt.searches and fmt.scaling != "tensor"
                 chunk.scales = fmt.search(chunk.x, amax, whole) if searching else fmt.scales(amax, whole)
@@ -64,7 +67,7 @@ class Scale:
         for chunk in work.stream(*rows):
             low, high = torch.aminmax(chunk.x)
             largest = torch.maximum(largest, torch.maximum(-low, high).float())
-        if not torch.isfinite(largest):
+        if not largest < LARGEST_WEIGHT:
             refuse_nonfinite(work)
         return float(largest)
 
@@ -82,8 +85,9 @@ class Scale:
         assert work.stream is not None
         rows, columns = work.plan.layer.weight.shape
         wanted = -(-SAMPLE_SIZE // max(1, columns))
-        length = -(-wanted // _SAMPLE_RANGES)
-        stride = max(length, ceil_to(rows, _SAMPLE_RANGES) // _SAMPLE_RANGES)
+        ranges = min(_SAMPLE_RANGES, wanted)
+        length = -(-wanted // ranges)
+        stride = max(length, -(-rows // ranges))
         pieces = [
             chunk.x.float().reshape(-1).clone()
             for first in range(0, rows, stride)
@@ -93,12 +97,13 @@ class Scale:
 
 
 def count_nonfinite(work: Work) -> tuple[int, tuple[int, int] | None]:
-    """How many weights of the whole layer are NaN or Inf, and the row and column of the first."""
+    """How many weights of the whole layer are NaN, Inf or too large, and the row and column of the first."""
     assert work.stream is not None
     count, first = 0, None
     for chunk in work.stream(0, work.plan.rows):
         # A float64 beyond float32's range is infinite as soon as it is scaled.
-        bad = ~torch.isfinite(chunk.x.float() if chunk.x.dtype == torch.float64 else chunk.x)
+        x = chunk.x.float() if chunk.x.dtype == torch.float64 else chunk.x
+        bad = ~(x.abs() < LARGEST_WEIGHT)
         if bad.any():
             count += int(bad.sum())
             row, column = (int(index) for index in bad.nonzero()[0])

@@ -7,7 +7,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, get_args, get_type_hints
 
-from ..formats.errors import UsageError, did_you_mean
+from ..formats.errors import UsageError, did_you_mean, shown
 
 if TYPE_CHECKING:
     from .work import LayerPlan
@@ -44,8 +44,8 @@ class Stage(Protocol):
 
 def stage_class(verb: str) -> type[Any]:
     """The class behind a verb; UsageError with near verbs otherwise."""
-    if verb not in _STAGES:
-        raise UsageError(f"unknown stage {verb!r}{did_you_mean(verb, _STAGES)}")
+    if not isinstance(verb, str) or verb not in _STAGES:
+        raise UsageError(f"unknown stage {shown(verb)}{did_you_mean(str(verb), _STAGES)}")
     module, name = _STAGES[verb].split(":")
     cls: type[Any] = getattr(import_module(f".{module}", __package__), name)
     return cls
@@ -57,7 +57,7 @@ def make_stage(verb: str, options: Mapping[str, Any]) -> Stage:
     known = [item.name for item in fields(cls)]
     for name in options:
         if name not in known:
-            raise UsageError(f"{verb} has no option {name!r}{did_you_mean(str(name), known)}")
+            raise UsageError(f"{verb} has no option {shown(name)}{did_you_mean(str(name), known)}")
     for item in fields(cls):
         if item.default is MISSING and item.default_factory is MISSING and item.name not in options:
             raise UsageError(f"{verb} needs {item.name}")
@@ -77,7 +77,7 @@ def check_types(what: str, cls: type[Any], values: Mapping[str, Any]) -> None:
             continue
         if not any(_is_a(values[name], kind) for kind in allowed):
             words = " or ".join(_WORDS.get(kind, "null") for kind in allowed)
-            raise UsageError(f"{what}: {name} must be {words}, is {values[name]!r}")
+            raise UsageError(f"{what}: {name} must be {words}, is {shown(values[name])}")
 
 
 def _is_a(value: object, kind: Any) -> bool:

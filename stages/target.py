@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+from ..formats.errors import UsageError, shown
 from ..formats.tensors import FLOAT_DTYPES
 from .decisions import Candidate
 from .keeping import keep
@@ -70,5 +71,7 @@ def _rules(value: Any) -> tuple[Rule, ...]:
     if isinstance(value, str | Path):
         return load_rules(value)
     if isinstance(value, Mapping):
-        return tuple(Rule(pattern, dict(settings), order) for order, (pattern, settings) in enumerate(value.items()))
+        return tuple(Rule(pattern, settings, order) for order, (pattern, settings) in enumerate(value.items()))
+    if not isinstance(value, Sequence):
+        raise UsageError(f"target: rules must be a file, a mapping or a list of rules, is {shown(value)}")
     return tuple(item if isinstance(item, Rule) else Rule.from_dict(item) for item in value)

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ..formats.errors import UsageError
+from ..formats.errors import UsageError, shown
 from ..formats.registry import format_info
 from ..formats.tensors import FLOAT_DTYPES
 from .decisions import Candidate, Decision, TargetingResult
@@ -65,8 +65,10 @@ class Targeting:
                 compile_pattern(pattern, what)
         if isinstance(self.fallback, Mapping):
             if "format" not in Rule(".*", self.fallback).settings:
-                raise UsageError(f"fallback {dict(self.fallback)!r} names no format")
+                raise UsageError(f"fallback {shown(dict(self.fallback))} names no format")
         elif self.fallback is not None:
+            if not isinstance(self.fallback, str):
+                raise UsageError(f"fallback must be a format or settings of a rule, is {shown(self.fallback)}")
             format_info(self.fallback)
 
     def to_dict(self) -> dict[str, Any]:
@@ -227,7 +229,7 @@ def _searcher(what: str, pattern: str | None, names: Sequence[str]) -> Callable[
         return search(name) is not None or search(f"{name}.weight") is not None
 
     if not any(map(found, names)):
-        raise UsageError(f"{what} {pattern!r} matches no layer{nearest_names(pattern, names)}")
+        raise UsageError(f"{what} {shown(pattern)} matches no layer{nearest_names(pattern, names)}")
     return found
 
 

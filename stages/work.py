@@ -162,7 +162,7 @@ class Receipt:
         if not self.format:
             return None
         if self.squared_weight == 0.0:
-            return 0.0
+            return 0.0 if self.squared_error == 0.0 else math.inf
         return math.sqrt(self.squared_error / self.squared_weight)
 
 

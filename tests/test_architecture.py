@@ -19,7 +19,7 @@ MOST_PARAMETERS = 7
 KNOWN_THIRD_PARTIES = {
     "formats": {"torch", "numpy"},
     "stages": {"torch", "yaml"},
-    "flow": {"torch", "dask", "distributed", "psutil", "click", "rich"},
+    "flow": {"torch", "dask", "distributed", "psutil", "click", "rich", "filelock"},
 }
 
 

@@ -270,7 +270,7 @@ def test_keeping_what_is_no_number(name: str, bench: Bench, cli: Cli) -> None:
     options = [word for key, text in FORMATS[name].items() for word in (f"--{key.replace('_', '-')}", text)]
     done = cli("convert", path, out, *options, "--nonfinite", "keep")
     assert done.status == 0, done.err
-    assert "kept 1 layer: 3 weights are NaN or Inf, the first at [77, 5]" in done.out
+    assert "kept 1 tensor: 3 weights are NaN or Inf, the first at [77, 5]" in done.out
     assert "6 layers quantized" in done.out
     after = load_file(out)
     kept = [tensors["blocks.1.mlp.down.weight"].view(torch.int32) for tensors in (load_file(path), after)]

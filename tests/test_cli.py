@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import runpy
 import shlex
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,14 @@ from safetensors.torch import load_file, save_file
 
 import quantloom
 from quantloom import Pipeline
-from quantloom.flow import console, graph
+from quantloom.flow import console, graph, progress
+from quantloom.flow.budget import make_budget
 from quantloom.flow.cli import cli as group
+from quantloom.flow.options import build_recipe
 from quantloom.flow.recipe import Recipe
+from quantloom.flow.tables import Name
 from quantloom.formats.comfy import MARKER
+from quantloom.stages.work import Receipt
 
 Cli = Callable[..., Ran]
 COMMANDS = ("convert", "plan", "inspect", "verify", "formats")
@@ -146,8 +152,8 @@ def test_convert_says_what_it_did(cli: Cli, checkpoint: Path, tmp_path: Path) ->
     assert done.status == 0
     assert f"{out}: " in done.out
     assert f"{LINEAR} layers quantized" in done.out
-    assert "kept 1 layer: embedding table" in done.out
-    assert "kept 2 layers: 1-D (norm, scale or bias)" in done.out
+    assert "kept 1 tensor: embedding table" in done.out
+    assert "kept 2 tensors: 1-D (norm, scale or bias)" in done.out
     assert "peak memory" in done.out
     assert "GB/s" in done.out
     assert "Worst layers by error (of 7):" in done.out
@@ -157,7 +163,8 @@ def test_convert_says_what_it_did(cli: Cli, checkpoint: Path, tmp_path: Path) ->
     assert cli(*command[1:]).status == 0
     lines = done.err.splitlines()
     assert lines[0] == "warning: no preset fits these keys; only the rules by name keep layers (see --preset)"
-    assert re.fullmatch(r"converting 15 layers, [\d.]+ kB, \d tasks? at a time, memory budget [\d.]+ GB", lines[1])
+    begun = r"converting 15 tensors \(7 layers to quantize\), [\d.]+ kB, \d tasks? at a time, memory budget [\d.]+ GB"
+    assert re.fullmatch(begun, lines[1])
     assert len(lines) == 2
 
 
@@ -272,12 +279,40 @@ def test_a_plan_for_people(cli: Cli, checkpoint: Path) -> None:
     assert (done.status, done.err) == (0, "")
     assert "fp8 block 128" in done.out
     assert "kept: block size 128 does not divide 100 x 72" in done.out
-    assert "384 x 128" in done.out
+    assert "384x128" in done.out
     assert re.search(r"quantize +6 layers to fp8 block 128: 589.82 kB -> 229.77 kB", done.out), done.out
-    assert re.search(r"keep +1 layer: embedding table", done.out)
+    assert re.search(r"keep +1 tensor: embedding table", done.out)
     assert "estimate" in done.out
     assert re.search(r"memory   at most [\d.]+ MB \(.* for the process, \d+ x .* for tasks\); budget 2.00 GB", done.out)
     assert "quantized.safetensors" in done.out
+    assert re.search(r"1 file, 15 tensors, ", done.out)
+    assert "biases" not in done.out
+    assert "blocks.0.norm" not in done.out
+    loud = cli("plan", checkpoint, "--format", "fp8", "-v")
+    assert re.search(r"blocks.0.norm +128 +kept: 1-D \(norm", loud.out), loud.out
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_a_plan_fits_a_terminal(width: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [f"double_blocks.{number}.some_long_attention_block.modulation_projection" for number in (7, 18)]
+    tensors = {f"{name}.weight": make_tensors()["odd.weight"] for name in names}
+    source = write_file(tmp_path / "in.safetensors", tensors)
+    flow = Pipeline().read(source).quantize("fp8").write(tmp_path / "out.safetensors", compute=False)
+    why = "a reason of several words that does not fit; and more"
+    kept = replace(flow.plan.layers[0], format="", reason=why)
+    terminal = Console(file=io.StringIO(), width=width)
+    monkeypatch.setattr(console, "stdout", lambda: terminal)
+    console.print_plan(replace(flow.plan, layers=(kept, *flow.plan.layers[1:])), make_budget(flow.plan.layers,
+                       flow.plan.recipe.run, ""))  # fmt: skip
+    assert isinstance(terminal.file, io.StringIO)
+    table, _, totals = terminal.file.getvalue().partition("source ")
+    assert max(map(len, table.splitlines())) <= width
+    pieces = {line.split()[0] for line in table.splitlines()[2:]}
+    whole = {piece for name in names for piece in name.split(".")}
+    assert {piece for text in pieces for piece in text.split(".") if piece} - {"fp8"} <= whole, table
+    assert "kept: a reason of" in table
+    assert "and more" not in table
+    assert f"keep         1 tensor: {why}" in totals
 
 
 def test_a_plan_says_when_convert_would_refuse(cli: Cli, checkpoint: Path, tmp_path: Path) -> None:
@@ -306,7 +341,7 @@ def test_tables_are_whole_where_nobody_sees_the_margin(cli: Cli, tmp_path: Path)
     assert name in done.out
     narrow = Console(width=60, file=io.StringIO(), force_terminal=False)
     table = console._table("layer", ">shape", "becomes")
-    table.add_row(name, "100 x 72", "kept: because it is so")
+    table.add_row(Name(name), "100 x 72", "kept: because it is so")
     narrow.print(table)
     assert isinstance(narrow.file, io.StringIO)
     text = narrow.file.getvalue()
@@ -320,33 +355,53 @@ def test_tables_are_whole_where_nobody_sees_the_margin(cli: Cli, tmp_path: Path)
 
 def test_progress_without_a_terminal_is_honest(cli: Cli, checkpoint: Path, tmp_path: Path,
                                                monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
-    monkeypatch.setattr(console, "PLAIN_SECONDS", 0.0)
+    monkeypatch.setattr(progress, "PLAIN_SECONDS", 0.0)
     monkeypatch.setattr(graph, "BATCH_BYTES", 1)
     done = cli("convert", checkpoint, tmp_path / "out.safetensors", "--format", "fp8")
     assert "\x1b" not in done.err
     assert "\r" not in done.err
-    pattern = r" *(\d+)%  [\d.]+ k?B of [\d.]+ kB, (\d+)/15 layers, \d+\.\d\d GB/s, .* left, memory "
-    pattern += r"[\d.]+ MB of [\d.]+ GB"
+    pattern = r" *(\d+)%, [\d.]+/[\d.]+ kB, \d+\.\d\d GB/s, ([\d:]+ left|syncing), "
+    pattern += r"[\d.]+ [MG]B / [\d.]+ GB, (\d)/7 layers"
     found = [re.fullmatch(pattern, line) for line in done.err.splitlines()[2:]]
     assert len(found) == TENSORS
     assert all(found), done.err
-    steps = [(int(match[1]), int(match[2])) for match in found if match]
+    steps = [(int(match[1]), int(match[3])) for match in found if match]
     assert steps == sorted(steps)
-    assert steps[-1] == (100, TENSORS)
+    assert steps[-1] == (100, LINEAR)
+    assert [match[2] == "syncing" for match in found if match] == [False] * (TENSORS - 1) + [True]
 
 
-def test_progress_on_a_terminal(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("width", [80, 140])
+def test_progress_on_a_terminal(width: int, checkpoint: Path, tmp_path: Path,
+                                monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     monkeypatch.setattr(graph, "BATCH_BYTES", 1)
-    terminal = Console(file=io.StringIO(), force_terminal=True, width=140)
+    terminal = Console(file=io.StringIO(), force_terminal=True, width=width)
     display = console.Display(terminal)
     flow = Pipeline().read(checkpoint).quantize("fp8").write(tmp_path / "out.safetensors", compute=False)
     flow.compute(progress=display)
     assert isinstance(terminal.file, io.StringIO)
     shown = terminal.file.getvalue()
     assert "GB/s" in shown
-    assert "no estimate yet" in shown
-    assert f"{TENSORS}/{TENSORS} layers" in shown
+    assert "-:-- left" in shown
+    assert f"{LINEAR}/{LINEAR} layers" in shown
+    assert re.search(r" syncing +\d+ MB / [\d.]+ [GT]B  7/7 layers", shown), shown
+    assert "…" not in shown
     assert display.bytes == flow.plan.nbytes_in
+
+
+def test_the_longest_progress_fits_80_columns(checkpoint: Path, tmp_path: Path) -> None:
+    terminal = Console(file=io.StringIO(), force_terminal=True, width=80)
+    flow = Pipeline().read(checkpoint).quantize("fp8").write(tmp_path / "out.safetensors", compute=False)
+    display = progress.Display(terminal)
+    display.start(flow.plan, replace(make_budget(flow.plan.layers, flow.recipe.run, ""), limit=128 * 10**9))
+    display.total_bytes, display.total_layers, display.layers = 912 * 10**9, 1234, 1111
+    display.began -= 3000
+    display.advance([Receipt("x", "fp8", 300 * 10**9, 1, 1.0)])
+    display.stop()
+    assert isinstance(terminal.file, io.StringIO)
+    shown = terminal.file.getvalue()
+    line = r" 33%  300/912 GB  0.10 GB/s  1:4\d:\d\d left  [\d.]+ [MG]B / 128 GB  1112/1234 layers"
+    assert re.search(line, shown), shown
 
 
 def test_a_name_with_brackets_is_not_markup(cli: Cli, tmp_path: Path) -> None:
@@ -388,7 +443,7 @@ def test_verify_finds_a_sound_file_sound(name: str, cli: Cli, converted: Convert
     done = cli("verify", converted(name), "--against", checkpoint)
     assert (done.status, done.err) == (0, "")
     layers = LINEAR - ("block" in name)
-    assert f"sound; {layers} quantized layers, {TENSORS - layers} kept as they were" in done.out
+    assert f"sound; {layers} quantized layers, {TENSORS - layers} tensors kept as they were" in done.out
     assert "blocks.0.attn.qkv" in done.out
 
 
@@ -469,6 +524,15 @@ def test_verify_finds_what_is_missing_or_cut_off(cli: Cli, converted: Converted,
     assert "beyond the file's" in done.err
 
 
+def test_verify_against_another_model(cli: Cli, converted: Converted, tmp_path: Path) -> None:
+    other = write_file(tmp_path / "other.safetensors", {"else.weight": make_tensors()["odd.weight"]})
+    done = cli("verify", converted("mxfp8"), "--against", other)
+    assert done.status == 1
+    assert done.out.count("\n") == 2
+    assert "broken: no tensor name in common: is SOURCE the checkpoint that OUTPUT was made from?" in done.out
+    assert "BROKEN (1 problem)" in done.out
+
+
 def test_verify_accepts_outliers_in_int8(cli: Cli, tmp_path: Path) -> None:
     """One large weight makes every step coarse: that is the format, not damage."""
     tensors = make_tensors()
@@ -485,6 +549,17 @@ def test_verify_against_several_files(cli: Cli, sharded: Path, tmp_path: Path) -
     report = Pipeline().read(files).quantize("fp8").write(tmp_path / "out.safetensors")
     done = cli(*shlex.split(report.verify_command)[1:])
     assert done.status == 0, done.err
+
+
+def test_the_verify_command_of_shards_beside_each_other(cli: Cli, checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.safetensors"
+    report = Pipeline().read(checkpoint).quantize("fp8").write(out, shard_size="100KB")
+    words = shlex.split(report.verify_command)
+    assert words[2] == report.index == f"{out}.index.json"
+    assert Path(words[2]).is_file()
+    assert str(report).startswith(f"{words[2]}: ")
+    done = cli(*words[1:])
+    assert (done.status, done.err) == (0, "")
 
 
 def test_verify_and_inspect_folders(cli: Cli, sharded: Path, tmp_path: Path) -> None:
@@ -511,13 +586,14 @@ def test_verify_against_a_quantized_source(cli: Cli, checkpoint: Path, tmp_path:
 def test_inspect(cli: Cli, converted: Converted, checkpoint: Path) -> None:
     done = cli("inspect", checkpoint)
     assert (done.status, done.err) == (0, "")
-    assert re.search(r"1 file, 15 layers, [\d.]+ kB", done.out)
+    assert re.search(r"1 file, 15 tensors, [\d.]+ kB", done.out)
     assert "metadata author: someone" in done.out
     path = converted("fp8 block")
     done = cli("inspect", path, "--layers")
     assert re.search(r"fp8 block 64 .* 6 ", done.out)
+    assert "1 file, 6 quantized layers, 9 other tensors, " in done.out
     assert "dialect comfy: 6 quantized layers" in done.out
-    assert re.search(r"blocks.0.attn.qkv .*384 x 128 .*fp8 block 64", done.out)
+    assert re.search(r"blocks.0.attn.qkv .*384x128 .*fp8 block 64", done.out)
     found = json.loads(cli("inspect", path, "--json").out)
     assert found["formats"]["fp8 block 64"]["layers"] == 6
     assert found["dialects"] == {"comfy": 6}
@@ -528,7 +604,8 @@ def test_inspect(cli: Cli, converted: Converted, checkpoint: Path) -> None:
 def test_formats(cli: Cli) -> None:
     done = cli("formats")
     assert done.status == 0
-    assert all(re.search(rf"│ {name} +│", done.out) for name in ("fp8", "fp8_e5m2", "int8", "mxfp8", "nvfp4"))
+    shown = re.findall(r"^(\w+)  +\S", done.out, re.MULTILINE)
+    assert {"fp8", "fp8_e5m2", "int8", "mxfp8", "nvfp4"} <= set(shown)
     found = json.loads(cli("formats", "--json").out)
     assert {info["name"]: info["bits"] for info in found}["nvfp4"] == 4.5
 
@@ -584,3 +661,67 @@ def test_recipes_of_both_doors_are_equal(checkpoint: Path) -> None:
     pipeline = pipeline.quantize("int8", rotate="hadamard:64")
     assert recipe == pipeline.write("out.safetensors", compute=False).recipe
     assert Recipe.from_json(recipe.to_json()) == recipe
+
+
+# -- options that are given several times, and switches ----------------------------------------------------------------
+
+
+def test_patterns_add_up(checkpoint: Path, cli: Cli) -> None:
+    def quantized(*arguments: str) -> set[str]:
+        done = cli("plan", checkpoint, "--format", "fp8", "--json", *arguments)
+        assert done.status == 0, done.err
+        return {layer["name"] for layer in json.loads(done.out)["layers"] if layer["format"]}
+
+    every = quantized()
+    assert quantized("--exclude", "mlp", "--exclude", "qkv") == {n for n in every if "mlp" not in n and "qkv" not in n}
+    assert quantized("--include", "mlp", "--include", "qkv") == {
+        name for name in every if "mlp" in name or "qkv" in name
+    }
+
+
+def test_switches_of_a_recipe_can_be_turned_off(tmp_path: Path) -> None:
+    recipe = Pipeline().target(heuristics=True).quantize("fp8", full_precision_matmul=True)
+    written = recipe.write("old", overwrite=True, compute=False).recipe
+    (tmp_path / "recipe.json").write_text(written.to_json())
+    base = {"recipe_file": str(tmp_path / "recipe.json")}
+
+    def switches(**options: object) -> tuple[bool, ...]:
+        made = build_recipe(("m",), "o", {**base, **options}).to_dict()
+        target, quantize = made["stages"]
+        return target["heuristics"], quantize["full_precision_matmul"], made["output"]["overwrite"]
+
+    assert switches() == (True, True, True)
+    assert switches(heuristics=False, full_precision_matmul=False, overwrite=False) == (False, False, False)
+    for command in ("convert", "plan"):
+        names = {name for option in group.commands[command].params for name in option.secondary_opts}
+        assert {"--no-heuristics", "--no-full-precision-matmul", "--no-overwrite"} <= names
+
+
+# -- signals -----------------------------------------------------------------------------------------------------------
+
+_SIGNALLED = """
+import os, signal, sys, click
+from quantloom.flow.entry import run_command
+@click.command()
+def command():
+    try:
+        os.kill(os.getpid(), getattr(signal, sys.argv[1]))
+        print("went on")
+    finally:
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            os.kill(os.getpid(), getattr(signal, name))
+        print("tidy")
+if sys.argv[2] == "ignored":
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
+run_command(command, "x", [])
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of another kind")
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_signals_stop_once_and_ignored_ones_stay_ignored(name: str) -> None:
+    done = child("-c", _SIGNALLED, name, "kept")
+    assert (done.status, done.out.strip()) == (1, "tidy"), done.err
+    assert "Traceback" not in done.err
+    assert child("-c", _SIGNALLED, name, "ignored") == Ran(0, "went on\ntidy\n", "")

@@ -523,3 +523,11 @@ def test_help_screens(capsys: pytest.CaptureFixture[str]) -> None:
         expected = [flag.long for flag in all_flags().values() if flag.section == section]
         assert expected
         assert all(flag in screens[0] for flag in expected)
+
+
+def test_an_activation_scale_goes_to_fp8_layers_alone() -> None:
+    assert stage("quantize", "--int8", "--input_scale")["input_scale"] is None
+    assert stage("quantize", "--input_scale")["input_scale"] == 1.0
+    command = ("--int8", "--input_scale", "--custom-layers", "mlp", "--custom-type", "fp8", "--fallback", "fp8")
+    assert rule(*command)[1]["input_scale"] == 1.0
+    assert stage("target", *command)["fallback"]["input_scale"] == 1.0

@@ -62,3 +62,11 @@ def test_commands_run(document: Path, folder: Path) -> None:
 def test_the_readme_shows_something_to_run() -> None:
     assert len(blocks(DOCUMENTS[0], "python")) >= 2
     assert len(commands(DOCUMENTS[0])) >= 5
+
+
+@pytest.mark.parametrize("document", [*DOCUMENTS, *(ROOT / "benchmarks").glob("*.md")], ids=lambda path: path.name)
+def test_links_lead_somewhere_and_nothing_is_left_to_fill_in(document: Path) -> None:
+    text = document.read_text()
+    assert "@@" not in text
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
+        assert target.startswith("http") or (document.parent / target).exists(), target

@@ -103,6 +103,7 @@ def test_a_given_client(name: str, client: Any, source: Path, reference: Callabl
     report = flow.compute(client)
     assert path.read_bytes() == reference(**FORMATS[name])
     assert len(report.layers) == LINEAR
+    assert report.distributed
     assert client.status == "running"
 
 
@@ -354,6 +355,52 @@ def test_a_cluster_that_does_not_answer(source: Path, tmp_path: Path, monkeypatc
     with pytest.raises(SinkError, match=r"tcp://127.0.0.1:1: cannot reach the Dask scheduler"):
         Pipeline(scheduler="tcp://127.0.0.1:1").read(source).quantize("fp8").write(tmp_path / "o.safetensors")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("address", ["a://b", "tcp://", "tcp://host:x", "tls://127.0.0.1:1", "tcp://[::1"])
+def test_an_address_that_is_none(address: str, source: Path, tmp_path: Path) -> None:
+    pytest.importorskip("distributed")
+    with pytest.raises(UsageError, match="no address of a Dask scheduler"):
+        Pipeline(scheduler=address).read(source).quantize("fp8").write(tmp_path / "o.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_cluster_without_workers(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    distributed = pytest.importorskip("distributed")
+    from quantloom.flow import cluster
+
+    monkeypatch.setattr(cluster, "CONNECT_SECONDS", 0.5)
+    options = {"n_workers": 0, "processes": False, "dashboard_address": "127.0.0.1:0"}
+    with (
+        distributed.LocalCluster(**options) as empty,
+        distributed.Client(empty, set_as_default=False) as client,
+        pytest.raises(SinkError, match="has no workers"),
+    ):
+        Pipeline().read(source).quantize("fp8").write(tmp_path / "o.safetensors", compute=False).compute(client)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("raised", [True, False])
+def test_a_scheduler_that_goes_away(raised: bool, client: Any, source: Path, tmp_path: Path,
+                                    monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    distributed = pytest.importorskip("distributed")
+
+    def lost(futures: Any, **_: Any) -> Iterator[Any]:
+        error = distributed.CancelledError("scheduler-connection-lost")
+        if raised:
+            raise error
+        yield futures[0], error
+
+    monkeypatch.setattr(distributed, "as_completed", lost)
+    with pytest.raises(SinkError, match="the Dask scheduler went away: scheduler-connection-lost"):
+        Pipeline().read(source).quantize("fp8").write(tmp_path / "o.safetensors", compute=False).compute(client)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_workers_are_told_absolute_paths(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    plan = make_plan(Pipeline().read(source).quantize("fp8").write("o.safetensors", compute=False).recipe)
+    assert {slot.path for shard in plan.shards for slot in shard.slots} == {str(tmp_path / "o.safetensors")}
 
 
 def test_a_folder_in_and_out(tmp_path: Path) -> None:

@@ -263,6 +263,23 @@ class TestCreateSparse:
         fileio.create_sparse(file, 20, b"ab")
         assert file.read_bytes() == b"ab" + bytes(18)
 
+    def test_no_link_is_followed_and_no_pipe_is_opened(self, file: Path, tmp_path: Path) -> None:
+        (tmp_path / "link").symlink_to(file)
+        (tmp_path / "dangling").symlink_to(tmp_path / "none")
+        os.mkfifo(tmp_path / "pipe")
+        (tmp_path / "folder").mkdir()
+        for name in ("link", "dangling", "pipe", "folder"):
+            with pytest.raises(SinkError, match=f"{name}: stands in the way and is not a regular file"):
+                fileio.create_sparse(tmp_path / name, 20, b"ab")
+            assert os.path.lexists(tmp_path / name)
+        assert file.read_bytes() == DATA
+        assert not (tmp_path / "none").exists()
+
+    def test_another_name_of_an_old_file_keeps_its_content(self, file: Path, tmp_path: Path) -> None:
+        os.link(file, tmp_path / "other")
+        fileio.create_sparse(file, 20, b"ab")
+        assert (tmp_path / "other").read_bytes() == DATA
+
     def test_head_may_be_the_whole_file_and_no_more(self, tmp_path: Path) -> None:
         fileio.create_sparse(tmp_path / "a", 4, b"head")
         with pytest.raises(ValueError, match="5 bytes in a file of 4"):

@@ -82,8 +82,13 @@ def test_the_limit_of_a_container_counts(names: tuple[str, str], tmp_path: Path,
     assert free_memory() == 50_000 * MB
 
 
+def base_bytes() -> int:
+    """What a budget takes for the process before any work."""
+    return psutil.Process().memory_info().rss + budget._STARTUP_BYTES
+
+
 def test_a_layer_that_cannot_fit_is_refused_before_work(wide: Plan) -> None:
-    base = psutil.Process().memory_info().rss
+    base = base_bytes()
     with pytest.raises(PlanError) as caught:
         make_budget(wide.layers, Run(memory=base + 100_000), "")
     found = re.fullmatch(
@@ -96,8 +101,8 @@ def test_a_layer_that_cannot_fit_is_refused_before_work(wide: Plan) -> None:
 
 
 def test_chunks_shrink_before_a_layer_is_refused(wide: Plan) -> None:
-    base = psutil.Process().memory_info().rss
-    roomy = make_budget(wide.layers, Run(memory=base + 2000 * MB, workers=2), "")
+    base = base_bytes()
+    roomy = make_budget(wide.layers, Run(memory=base + 2000 * MB, workers=1), "")
     assert roomy.environment.chunk_bytes == CPU_CHUNK_BYTES
     tight = make_budget(wide.layers, Run(memory=base + roomy.task_bytes // 2), "")
     assert tight.environment.chunk_bytes < roomy.environment.chunk_bytes
@@ -110,7 +115,7 @@ def test_workers_follow_from_the_budget(wide: Plan) -> None:
     assert roomy.workers == cores()
     crowd = make_budget(wide.layers, Run(memory=10**12, workers=100), "")
     assert crowd.environment.chunk_bytes > CPU_CHUNK_BYTES  # many threads on small chunks wait for Python's lock
-    base = psutil.Process().memory_info().rss
+    base = base_bytes()
     for workers in (1, 2, 5):
         room = base + int(crowd.task_bytes * (workers + 0.5))
         assert make_budget(wide.layers, Run(memory=room, workers=100), "").workers == workers
@@ -119,7 +124,7 @@ def test_workers_follow_from_the_budget(wide: Plan) -> None:
 
 
 def test_processes_of_a_local_cluster_count_each(wide: Plan) -> None:
-    base = psutil.Process().memory_info().rss
+    base = base_bytes()
     run = Run(memory=base * 4, scheduler="distributed", workers=50)
     made = make_budget(wide.layers, run, "")
     assert made.workers in (2, 3)
@@ -129,7 +134,7 @@ def test_processes_of_a_local_cluster_count_each(wide: Plan) -> None:
 
 
 def test_the_peak_stays_within_the_limit(wide: Plan) -> None:
-    base = psutil.Process().memory_info().rss
+    base = base_bytes()
     for extra in (20, 50, 200, 2000):
         made = make_budget(wide.layers, Run(memory=base + extra * MB), "")
         assert isinstance(made, Budget)

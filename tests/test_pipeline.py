@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import pickle
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -157,7 +159,8 @@ def recipes(draw: st.DrawFn) -> Recipe:
     options = draw(st.sampled_from(list(FORMATS.values())))
     pipeline = pipeline.stage(
         "quantize", **options, rounding=draw(st.sampled_from(["mse", "nearest"])),
-        input_scale=draw(st.none() | st.floats(0.001, 10)), nonfinite=draw(st.sampled_from(["refuse", "keep"])),
+        input_scale=draw(st.none() | st.floats(0.001, 10)) if options["format"] == "fp8" else None,
+        nonfinite=draw(st.sampled_from(["refuse", "keep"])),
     )  # fmt: skip
     recipe = pipeline.recipe
     return Recipe(recipe.source, recipe.stages, draw(st.none() | _OUTPUTS), draw(_RUNS))
@@ -170,6 +173,69 @@ def test_recipes_survive_json(recipe: Recipe) -> None:
     assert Recipe.from_json(text) == recipe
     assert Recipe.from_json(text).to_json() == text
     assert Pipeline.from_recipe(text).recipe == recipe
+
+
+_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
+    | st.sampled_from(["a\0b", "\ud800", "tcp://", "cuda:\u0663", "cuda:" + "9" * 5000, 10**400, 1e-50]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3), max_leaves=5,
+)  # fmt: skip
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.data())
+def test_a_damaged_recipe_is_wrong_usage(data: st.DataObject) -> None:
+    pipeline = Pipeline(workers=2).read("m").target(rules={"a": {"format": "int8"}}, fallback="fp8")
+    values = pipeline.quantize("fp8", input_scale=2.0).write("o", compute=False).recipe.to_dict()
+    place: Any = values
+    while True:
+        key = data.draw(st.sampled_from(list(place) if isinstance(place, dict) else list(range(len(place)))))
+        if not place[key] or not isinstance(place[key], dict | list) or data.draw(st.integers(0, 3)) == 0:
+            break
+        place = place[key]
+    place[key] = data.draw(_JSON)
+    with contextlib.suppress(UsageError):
+        Recipe.from_json(json.dumps(values))
+
+
+@pytest.mark.parametrize("stage", [[], None, 5, {}])
+def test_a_stage_without_a_name(stage: object) -> None:
+    with pytest.raises(UsageError, match="unknown stage"):
+        Recipe.from_dict({"quantloom_recipe": 1, "stages": [{"stage": stage}]})
+
+
+@pytest.mark.parametrize("entry", [
+    *({"rules": rules} for rules in (5, None, True, {"a": 5}, [5], [None], "a\0b", "\ud800", [{"a": 1}],
+      [{"pattern": 5, "settings": {"skip": True}}], [{"pattern": "a", "settings": 5}],
+      [{"pattern": "a", "settings": {"skip": True}, "order": "x"}])),
+    {"fallback": 5}, {"fallback": []}, {"fallback": {}},
+])  # fmt: skip
+def test_a_target_that_means_nothing(entry: dict[str, object]) -> None:
+    with pytest.raises(UsageError):
+        Recipe.from_dict({"quantloom_recipe": 1, "stages": [{"stage": "target", **entry}]})
+
+
+@pytest.mark.parametrize("entry", [
+    {"run": []}, {"run": 0}, {"run": ""}, {"output": {"path": "a\0b"}}, {"output": {"path": "\ud800"}},
+    {"source": ["a\0b"]}, {"output": {"path": "a", "shard_bytes": [[[5]]]}},
+    *({"run": {"device": f"cuda:{index}"}} for index in ("\u0663", "\u00b2", "9" * 5000, "")),
+])  # fmt: skip
+def test_a_run_or_output_that_means_nothing(entry: dict[str, object]) -> None:
+    with pytest.raises(UsageError) as caught:
+        Recipe.from_dict({"quantloom_recipe": 1, **entry})
+    assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("size", ["\u0663", "\u00b2", "9" * 5000])
+def test_rotations_are_plain_numbers(size: str) -> None:
+    with pytest.raises(UsageError, match="unknown rotation"):
+        Pipeline().quantize("int8", rotate=f"hadamard:{size}")
+
+
+@pytest.mark.parametrize("scale", [1e300, 1e-50, 0.0, -1.0, float("nan"), float("inf"), 10**400])
+def test_activation_scales_are_numbers_of_float32(scale: float) -> None:
+    with pytest.raises(UsageError, match="positive number that float32 holds"):
+        Pipeline().quantize("fp8", input_scale=scale)
 
 
 def test_a_recipe_file_is_a_pipeline(checkpoint: Path, tmp_path: Path) -> None:
@@ -237,9 +303,15 @@ def test_a_flow_plans_without_writing(checkpoint: Path, tmp_path: Path) -> None:
     assert plan.formats == {"nvfp4": LINEAR}
     text = plan.explain()
     assert f"{LINEAR} layers to nvfp4" in text
-    assert "1 layer: embedding table" in text
+    assert "1 tensor: embedding table" in text
     assert str(checkpoint) in text
     assert "estimate" in text
+    assert "15 tensors" in text
+    assert repr(plan) == (f"Plan({str(checkpoint)!r} -> {plan.output.path!r}: {LINEAR} of 15 tensors quantized, "
+                          f"{show_size(plan.nbytes_in)} -> {show_size(plan.nbytes_out)})")  # fmt: skip
+    odd = replace(plan, notes=("a <b> & c",))._repr_html_()
+    assert odd.startswith("<pre>source ")
+    assert "a &lt;b&gt; &amp; c" in odd
     assert sorted(tmp_path.rglob("*")) == before
     report = flow.compute()
     assert (tmp_path / "new" / "out.safetensors").stat().st_size == plan.nbytes_out == report.nbytes_out

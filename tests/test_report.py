@@ -18,6 +18,7 @@ from rich.table import Table
 from quantloom import Pipeline
 from quantloom.flow import parts
 from quantloom.flow.report import LayerReport, Report, peak_memory
+from quantloom.flow.tables import short_size, shortened
 from quantloom.flow.verify import verify
 
 
@@ -60,7 +61,9 @@ def test_json(report: Report) -> None:
     value = json.loads(report.to_json())
     assert value == report.to_dict()
     words = "source output bytes_in bytes_out ratio seconds peak_memory_bytes layers kept notes warnings verify"
-    assert set(value) == set(words.split())
+    assert set(value) == {*words.split(), "distributed", "error_sampled"}
+    assert value["error_sampled"] is True
+    assert value["distributed"] is False
     layer = value["layers"][0]
     assert set(layer) == {"name", "format", "bytes_in", "bytes_out", "error", "seconds"}
     assert layer["format"] == "nvfp4"
@@ -80,7 +83,40 @@ def test_the_table(report: Report) -> None:
     assert isinstance(table, Table)
     assert table.row_count == LINEAR
     assert report.table(2).row_count == 2
-    assert [column.header for column in table.columns] == ["layer", "format", "error", "before", "after", "time"]
+    headings = [column.header for column in table.columns]
+    assert headings == ["layer", "format", "error (sampled)", "before", "after", "time"]
+
+
+def test_short_forms(report: Report) -> None:
+    assert str(report) == report.summary()
+    assert len(repr(report)) < len(report.output) + len(report.source[0]) + 100
+    assert repr(report).startswith("Report(")
+    assert "7 layers quantized" in repr(report)
+    assert "errors are measured on a sample of rows" in str(report)
+    assert "<th>error (sampled)</th>" in report._repr_html_()
+    assert ", peak memory of the client " in str(replace(report, distributed=True))
+    assert ", peak memory " in str(report)
+    assert "client" not in str(report)
+
+
+def test_a_soft_wrapped_report_is_not_cut(report: Report) -> None:
+    console = Console(width=60, file=io.StringIO())
+    console.print(report, soft_wrap=True)
+    assert isinstance(console.file, io.StringIO)
+    assert report.summary() in console.file.getvalue()
+
+
+def test_short_sizes() -> None:
+    shown = [short_size(size) for size in (0, 999, 1000, 9949, 9951, 999_499, 999_500, 12e9, 5e12, 2e15)]
+    assert shown == ["0 B", "999 B", "1.0 kB", "9.9 kB", "10 kB", "999 kB", "1.0 MB", "12 GB", "5.0 TB", "2000 TB"]
+
+
+def test_shortened_reasons() -> None:
+    assert shortened("output head", 20) == "output head"
+    assert shortened("output head; and why", 20) == "output head"
+    assert shortened("ComfyUI reads this layer's shape", 20) == "ComfyUI reads this…"
+    assert shortened("1-D (norm, scale or bias)", 11) == "1-D (norm…"
+    assert shortened("x" * 30, 20) == "x" * 19 + "…"
 
 
 @pytest.mark.parametrize("width", [70, 80, 200])
@@ -90,7 +126,7 @@ def test_on_a_console(width: int, report: Report) -> None:
     assert "Worst layers by error (of 7):" in lines
     text = "".join(lines).replace(" ", "")  # lines break anywhere, but nothing is lost
     assert "…" not in text
-    kept = ("kept 1 layer: embedding table", "kept 2 layers: 1-D (norm, scale or bias)")
+    kept = ("kept 1 tensor: embedding table", "kept 2 tensors: 1-D (norm, scale or bias)")
     wanted = (f"{report.output}: 638.80 kB -> ", "7 layers quantized", "peak memory", *kept)
     for words in (*wanted, f"check it: {report.verify_command}"):
         assert words.replace(" ", "") in text

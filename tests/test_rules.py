@@ -38,6 +38,22 @@ def test_the_same_rules_from_every_kind_of_file(tmp_path: Path, name: str, text:
     )
 
 
+@pytest.mark.parametrize("scale", ["1e300", "1e-50", ".nan", ".inf", "0.0", "-1.0"])
+def test_activation_scales_are_numbers_of_float32(scale: str, tmp_path: Path) -> None:
+    number = scale.replace("1e", "1.0e+").replace("+-", "-")
+    with pytest.raises(UsageError, match=r"input_scale .* must be a positive number that float32 holds"):
+        load_rules(written(tmp_path, "a.yaml", f"a: {{format: fp8, input_scale: {number}}}"))
+
+
+def test_a_bomb_of_aliases_makes_a_short_message(tmp_path: Path) -> None:
+    lines = ["x0: &x0 [a, a, a, a, a, a, a, a, a]"]
+    lines += [f"x{n}: &x{n} [{', '.join([f'*x{n - 1}'] * 9)}]" for n in range(1, 8)]
+    for text in (f"a: {{format: {{{', '.join(lines)}}}}}", f"a: {{block_size: 0x{'f' * 5000}}}"):
+        with pytest.raises(UsageError) as caught:
+            load_rules(written(tmp_path, "a.yaml", text))
+        assert len(str(caught.value)) < 3000
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [

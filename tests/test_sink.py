@@ -22,10 +22,10 @@ from safetensors.torch import load_file, save_file
 
 import quantloom
 from quantloom import Pipeline
-from quantloom.flow import graph, sink
+from quantloom.flow import commit, graph, sink
 from quantloom.formats import fileio
 from quantloom.formats.comfy import HEADER_KEY, MARKER
-from quantloom.formats.errors import PlanError, QuantloomError, SinkError
+from quantloom.formats.errors import CheckpointError, PlanError, QuantloomError, SinkError
 from quantloom.formats.safetensors import read_header
 from quantloom.formats.tensors import DTYPE_BITS
 from quantloom.stages import writing
@@ -270,7 +270,7 @@ def test_sidecars_count_for_the_disk(sharded: Path, tmp_path: Path, monkeypatch:
 def test_an_unwritable_folder(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     refused(tmp_path, checkpoint, Path("/proc/nowhere/out.safetensors"), "/proc/nowhere")
 
-    def denied(path: str, mode: str = "r") -> Any:
+    def denied(path: str, mode: str = "r", **_: Any) -> Any:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
 
     flow = Pipeline().read(checkpoint).quantize("fp8").write(tmp_path / "locked" / "out.safetensors", compute=False)
@@ -361,7 +361,7 @@ def fail(monkeypatch: pytest.MonkeyPatch, what: str, after: int, error: BaseExce
     owner: Any
     owner, name = {
         "write": (fileio._PositionalFile, "write"), "read": (fileio._PositionalFile, "read_into"),
-        "sync": (fileio._PositionalFile, "sync"), "rename": (sink, "replace"), "task": (writing.Write, "run"),
+        "sync": (fileio._PositionalFile, "sync"), "rename": (commit, "replace"), "task": (writing.Write, "run"),
         "receipt": (graph, "make_receipt"),
     }[what]  # fmt: skip
     failing = Failing(getattr(owner, name), after, error)
@@ -441,7 +441,7 @@ def test_a_rename_that_fails_in_the_middle_is_undone(after: int, sharded: Path, 
             raise SinkError(f"{dst}: cannot take the place of {src}: in use")
         real(src, dst)
 
-    monkeypatch.setattr(sink, "replace", once)
+    monkeypatch.setattr(commit, "replace", once)
     try:
         convert(sharded, tmp_path / "out", "nvfp4", shard_size=100_000, overwrite=True)
     except SinkError:
@@ -500,6 +500,165 @@ def test_a_cluster_s_failure_is_cleaned_up_too(checkpoint: Path, tmp_path: Path)
         other = write_file(tmp_path / "sound.safetensors")
         Pipeline().read(other).quantize("fp8").write(tmp_path / "out.safetensors", compute=False).compute(client)
     assert load_file(tmp_path / "out.safetensors")
+
+
+# -- others at the same place ------------------------------------------------------------------------------------------
+
+
+def during(monkeypatch: pytest.MonkeyPatch, do: Callable[[], object]) -> None:
+    """Does something once, in the middle of the run."""
+    real, left = writing.Write.run, [do]
+
+    def run(self: Any, work: Any) -> Any:
+        if left:
+            left.pop()()
+        return real(self, work)
+
+    monkeypatch.setattr(writing.Write, "run", run)
+
+
+@pytest.mark.parametrize("name", ["out.safetensors", "out"])
+def test_a_second_run_into_the_same_output(name: str, checkpoint: Path, tmp_path: Path,
+                                           monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    convert(checkpoint, tmp_path / "wanted" / name)
+    said: list[str] = []
+
+    def second() -> None:
+        before = listing(tmp_path)
+        with pytest.raises(SinkError) as caught:
+            convert(checkpoint, tmp_path / name, "fp8", scheduler="sync")
+        said.append(str(caught.value))
+        assert listing(tmp_path) == before
+
+    during(monkeypatch, second)
+    convert(checkpoint, tmp_path / name, scheduler="sync")
+    assert "another run is writing this output" in said[0]
+    found = listing(tmp_path)
+    assert not [path for path in found if path.endswith((".lock", ".part"))]
+    assert {path: found[path] for path in found if path.startswith("out")} == {
+        path: digest for path, digest in listing(tmp_path / "wanted").items() if path.startswith("out")
+    }
+
+
+def test_a_lock_file_of_a_killed_run_does_not_matter(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "out.safetensors.lock").touch()
+    convert(checkpoint, tmp_path / "out.safetensors")
+    assert not (tmp_path / "out.safetensors.lock").exists()
+
+
+def test_a_link_in_the_place_of_lock_or_part(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "precious").write_bytes(b"precious")
+    for ending, words in ((".lock", "stands where the lock"), (".part", "is not a regular file")):
+        link = tmp_path / f"out.safetensors{ending}"
+        link.symlink_to(tmp_path / "precious")
+        refused(tmp_path, checkpoint, tmp_path / "out.safetensors", words)
+        link.unlink()
+
+
+def test_an_output_that_appears_during_the_run(checkpoint: Path, tmp_path: Path,
+                                               monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    output = tmp_path / "out.safetensors"
+    during(monkeypatch, lambda: output.write_bytes(b"precious"))
+    with pytest.raises(SinkError, match="appeared while the conversion ran"):
+        convert(checkpoint, output)
+    assert output.read_bytes() == b"precious"
+    assert set(listing(tmp_path)) == {"in", "in/tiny.safetensors", "out.safetensors"}
+
+
+@pytest.mark.parametrize("change", ["time", "size", "gone"])
+def test_a_source_that_changes_during_the_run(change: str, checkpoint: Path, tmp_path: Path,
+                                              monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    (tmp_path / "out").mkdir()
+    convert(checkpoint, tmp_path / "out", "fp8")
+    before = listing(tmp_path / "out")
+
+    def touch() -> None:
+        if change == "time":
+            os.utime(checkpoint, ns=(1, 1_000_000_001))
+        else:
+            with checkpoint.open("ab") as file:
+                file.write(b"x")
+
+    if change == "gone":
+        real = fileio.sync_file
+        monkeypatch.setattr(sink, "sync_file", lambda path: (real(path), checkpoint.unlink(missing_ok=True)))
+    else:
+        during(monkeypatch, touch)
+    words = "cannot be looked at any more" if change == "gone" else "changed while it was converted .*convert again"
+    with pytest.raises(CheckpointError, match=words):
+        convert(checkpoint, tmp_path / "out", "nvfp4", overwrite=True)
+    assert listing(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("single", [False, True])
+def test_parts_of_a_killed_run_in_other_shards_go(single: bool, sharded: Path, tmp_path: Path) -> None:
+    out, stem = tmp_path / "out", "x" if single else "model"
+    out.mkdir()
+    left = [f"{stem}-00002-of-00009.safetensors.part", f"{stem}.safetensors.index.json.part"]
+    left += [] if single else ["config.json.part"]
+    others = ["other.safetensors.part", f"{stem}-large.safetensors.part", "notes.part"]
+    for name in left + others:
+        (out / name).write_bytes(b"x")
+    convert(sharded, out / "x.safetensors" if single else out)
+    assert not set(left) & set(listing(out))
+    assert set(others) <= set(listing(out))
+
+
+def test_an_interrupted_commit_is_not_written_over(sharded: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    convert(sharded, out, "fp8")
+    (out / "model.safetensors").rename(out / "model.safetensors.previous")
+    for how in ({}, {"overwrite": True}):
+        refused(tmp_path, sharded, out, "model.safetensors is missing); rename it back to model.safetensors", **how)
+    shutil.copy(out / "model.safetensors.previous", out / "model.safetensors")
+    refused(tmp_path, sharded, out, "a new one is there already", overwrite=True)
+    (out / "model.safetensors.previous").unlink()
+    convert(sharded, out, "nvfp4", overwrite=True)
+
+
+def test_a_previous_that_appears_during_the_run(sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    convert(sharded, out, "fp8")
+    during(monkeypatch, lambda: (out / "config.json.previous").write_text("precious"))
+    before = listing(out)
+    with pytest.raises(SinkError, match=r"config.json.previous: appeared meanwhile"):
+        convert(sharded, out, "nvfp4", overwrite=True)
+    assert listing(out).items() - before.items() == {("config.json.previous", listing(out)["config.json.previous"])}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no such limit")
+def test_more_shards_than_descriptors(tmp_path: Path) -> None:
+    tensors = {f"blocks.{number}.up.weight": torch.ones(32, 32) for number in range(150)}
+    source = write_file(tmp_path / "in.safetensors", tensors)
+    script = """
+import resource, sys
+from quantloom import Pipeline
+def convert(source, target):
+    flow = Pipeline(scheduler="sync").read(source).quantize("fp8").write(target, shard_size=1, compute=False)
+    plan = flow.plan
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    flow.compute()
+convert(sys.argv[1], sys.argv[2])
+from quantloom.formats.markers import read_markers
+from quantloom.formats.source import open_source
+print(len(read_markers(open_source(sys.argv[2])).layers))
+"""
+    done = child("-c", script, str(source), str(tmp_path / "out"))
+    assert done == Ran(0, "150\n", done.err), done.err
+
+
+def test_an_output_folder_that_is_a_dangling_link(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").symlink_to(tmp_path / "nowhere")
+    for output in (tmp_path / "out", tmp_path / "out" / "x.safetensors"):
+        refused(tmp_path, checkpoint, output, f"out: is a link to {tmp_path / 'nowhere'}, which does not exist")
+
+
+def test_a_file_within_a_source_folder_without_index(checkpoint: Path, tmp_path: Path) -> None:
+    folder = checkpoint.parent
+    for how in ({}, {"shard_size": 60_000}):
+        refused(tmp_path, folder, folder / "out.safetensors", "lies in the source folder, which has no index", **how)
+    convert(folder, folder / "sub")
+    convert(checkpoint, folder / "out.safetensors")
 
 
 # -- Ctrl-C ------------------------------------------------------------------------------------------------------------

@@ -203,6 +203,18 @@ class TestWhatComesAlong:
         assert "3.safetensors: __metadata__ disagrees" in caplog.text
 
 
+class TestStamps:
+    def test_every_file_with_size_and_time(self, sharded: Path) -> None:
+        source = open_source(sharded)
+        stats = [(path, path.stat()) for path in source.files]
+        assert source.stamps == tuple((path, stat.st_size, stat.st_mtime_ns) for path, stat in stats)
+
+    def test_only_a_folder_without_index_takes_all(self, sharded: Path, tmp_path: Path) -> None:
+        assert not open_source(sharded).takes_all
+        assert not open_source(shard(tmp_path / "plain" / "m.safetensors", "x")).takes_all
+        assert open_source(tmp_path / "plain").takes_all
+
+
 class TestFingerprint:
     def test_is_the_same_for_the_same_files(self, sharded: Path) -> None:
         prints = {open_source(sharded).fingerprint, open_source(str(sharded)).fingerprint}

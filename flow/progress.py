@@ -1,0 +1,114 @@
+"""What people see while a run goes on: columns on a terminal, otherwise a line now and then."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from .sizes import count, show_size
+from .tables import short_size
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress as Bars
+
+    from ..stages.work import Receipt
+    from .budget import Budget
+    from .plan import Plan
+
+PLAIN_SECONDS = 10.0
+"""Without a terminal, a line of progress this often."""
+
+BAR_COLUMNS = 100
+"""A narrower terminal has no room for a bar: the numbers matter more."""
+
+
+class Display:
+    """Share, bytes, mean rate, time left at that rate, memory against the budget, layers quantized so far."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.bars: Bars | None = None
+        self.bytes = self.layers = self.tasks = self.total_bytes = self.total_layers = self.total_tasks = 0
+        self.began = self.said = 0.0
+
+    def start(self, plan: Plan, budget: Budget) -> None:
+        """Warnings and notes, then the first line."""
+        import psutil
+        from rich.text import Text
+
+        self.process, self.budget = psutil.Process(), budget
+        self.total_bytes, self.total_layers = plan.nbytes_in, len(plan.quantized)
+        self.total_tasks = sum(max(1, len(layer.parts)) for layer in plan.layers)
+        self.began = self.said = time.perf_counter()
+        for text in plan.warnings:
+            self.console.print(Text("warning:", "yellow") + Text(f" {text}", "default"))
+        for text in plan.notes:
+            self.console.print(Text(f"note: {text}"))
+        if self.console.is_terminal:
+            self._start_bars()
+        else:
+            words = f"{count(len(plan.layers), 'tensor')} ({count(self.total_layers, 'layer')} to quantize)"
+            tasks = f"{count(budget.workers, 'task')} at a time, memory budget {show_size(budget.limit)}"
+            self.console.print(f"converting {words}, {show_size(self.total_bytes)}, {tasks}")
+
+    def advance(self, receipts: Sequence[Receipt]) -> None:
+        """Counts finished tasks; after the last one the files are synced and renamed, which may take a while."""
+        self.bytes += sum(receipt.nbytes_in for receipt in receipts)
+        self.layers += sum(receipt.first and bool(receipt.format) for receipt in receipts)
+        self.tasks += len(receipts)
+        now = time.perf_counter()
+        last = self.syncing and now - self.began >= PLAIN_SECONDS
+        if self.bars:
+            self.bars.update(self.task, completed=self.bytes, **self._fields())
+        elif last or now - self.said >= PLAIN_SECONDS:
+            self.said = now
+            self.console.print(", ".join(self._fields().values()))
+
+    def stop(self) -> None:
+        """Takes the columns away."""
+        if self.bars:
+            self.bars.stop()
+
+    @property
+    def syncing(self) -> bool:
+        """Whether every task is done and only the commit is left."""
+        return self.tasks >= self.total_tasks
+
+    def _start_bars(self) -> None:
+        from rich import progress
+
+        # Rich's own speed is that of the last few updates, which come in bursts.
+        columns = [progress.TextColumn(f"{{task.fields[{name}]}} ", markup=False) for name in self._fields()]
+        bar = [progress.BarColumn(bar_width=16)] if self.console.width >= BAR_COLUMNS else []
+        self.bars = progress.Progress(*bar, *columns, console=self.console, transient=True)
+        self.bars.start()
+        self.task = self.bars.add_task("", total=self.total_bytes, **self._fields())
+
+    def _fields(self) -> dict[str, Any]:
+        """What a line shows, in its order."""
+        rate = self.bytes / max(time.perf_counter() - self.began, 1e-9)
+        left = f"{_clock((self.total_bytes - self.bytes) / rate)} left" if self.bytes else "-:-- left"
+        return {
+            "share": f"{self.bytes / max(1, self.total_bytes):4.0%}",
+            "bytes": _amount(self.bytes, self.total_bytes),
+            "rate": f"{rate / 1e9:.2f} GB/s",
+            "left": "syncing" if self.syncing else left,
+            "memory": f"{short_size(self.process.memory_info().rss)} / {short_size(self.budget.limit)}",
+            "layers": f"{self.layers}/{self.total_layers} layers",
+        }
+
+
+def _amount(part: int, whole: int) -> str:
+    """``1.2/23.8 GB``: both in the unit of the whole."""
+    number, unit = short_size(whole).split()
+    scale = {"B": 1.0, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}[unit]
+    digits = len(number.partition(".")[2])
+    return f"{part / scale:.{digits}f}/{number} {unit}"
+
+
+def _clock(seconds: float) -> str:
+    """``0:07``, ``4:05``, ``2:10:00``."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02d}" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"

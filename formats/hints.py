@@ -1,0 +1,32 @@
+"""What a message about a missing checkpoint adds: what is there instead, and names that are near."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import islice
+from pathlib import Path
+
+from .errors import did_you_mean
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+def found_instead(paths: Iterable[Path]) -> str:
+    names = sorted(path.name for path in paths)
+    if pickles := [name for name in names if name.endswith(PICKLES)]:
+        return f"found {pickles[0]}, which is a pickle, which can run code; convert it to safetensors first"
+    if ggufs := [name for name in names if name.endswith(".gguf")]:
+        return f"found {ggufs[0]}, which is a GGUF file; quantloom reads safetensors"
+    if not names:
+        return "found nothing"
+    return f"found {', '.join(names[:5])}" + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def near(path: Path) -> str:
+    """A hint at siblings with a similar name, or at the parent that is missing too."""
+    try:
+        siblings = [entry.name for entry in islice(path.parent.iterdir(), 1000) if not entry.name.startswith(".")]
+    except (OSError, ValueError):
+        return f", and neither does the folder {path.parent}"
+    hint = did_you_mean(path.name, siblings) if siblings else f"; the folder {path.parent} is empty"
+    return hint if len(hint) < 300 else ""
