@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
-from ..formats.errors import QuantloomError, UsageError
+from ..formats.errors import QuantloomError, UsageError, printable
 from .progress import Display
 from .sizes import count, show_size
 from .tables import Name, short_size, shortened
@@ -63,7 +63,8 @@ def stdout() -> Console:
     """The console for results; tables are as wide as they need to be where nobody sees the end of a line."""
     from rich.console import Console
 
-    return Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
+    terminal = sys.stdout is not None and sys.stdout.isatty()
+    return Console(highlight=False, width=None if terminal else PIPE_WIDTH, quiet=sys.stdout is None)
 
 
 def guarded(action: Callable[[], int], stopped: str = "stopped") -> int:
@@ -84,12 +85,15 @@ def guarded(action: Callable[[], int], stopped: str = "stopped") -> int:
     except BrokenPipeError:  # a reader such as head went away
         sys.stderr.close()
         return 1
+    except OSError as error:  # work wraps its own: what is left is a full or closed stdout
+        stderr().print(Text("error: ", "bold red") + Text(f"cannot print the result: {error}; the work itself is done"))
+        return 1
 
 
 def _escape(text: str) -> str:
     from rich.markup import escape
 
-    return escape(text)
+    return escape("\n".join(printable(line) for line in text.split("\n")))
 
 
 def run_flow(flow: Flow, quiet: bool, as_json: bool) -> Report:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ..formats.errors import printable
+
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
     from rich.measure import Measurement
@@ -41,7 +43,7 @@ class Name:
     """A tensor's name as a cell."""
 
     def __init__(self, name: str) -> None:
-        self.name = name
+        self.name = printable(name)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         from rich.text import Text

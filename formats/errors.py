@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import difflib
+import re
 import reprlib
 from collections.abc import Iterable
 
+_ODD = re.compile("[\\x00-\\x1f\\x7f-\\x9f\\u200e\\u200f\\u2028-\\u202e\\u2066-\\u2069]")
+"""Characters that move a terminal's cursor, change its colours or reorder its text."""
+
+
+def printable(text: str) -> str:
+    """``text`` with characters that would steer a terminal written as codes: names come from strangers' files."""
+    return _ODD.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
 
 class QuantloomError(Exception):
-    """Base of every error that quantloom raises on purpose."""
+    """Base of every error that quantloom raises on purpose. Its message is one line, safe to print."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class UsageError(QuantloomError):

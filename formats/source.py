@@ -231,7 +231,7 @@ def _read(paths: Iterable[Path], root: Path, sidecars: tuple[Path, ...]) -> Sour
 
 def _read_one(path: Path) -> tuple[Header, tuple[str, int, int, str]]:
     """A file's header, and what tells it from another version of itself: name, bytes, mtime (ns), header digest."""
-    header = read_header(path)
+    header = read_header(path.absolute())  # workers may stand in another folder
     status = path.stat()
     return header, (path.name, status.st_size, status.st_mtime_ns, header.digest)
 

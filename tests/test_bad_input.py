@@ -416,3 +416,18 @@ def test_broken_markers(change: Callable[[dict[str, torch.Tensor]], None], words
     change(tensors)
     save_file(tensors, bench.folder / "broken.safetensors")
     bench.refused(bench.folder / "broken.safetensors", "broken.safetensors", words)
+
+
+def test_names_cannot_steer_the_terminal(tmp_path: Path, cli: Callable[..., Ran]) -> None:
+    name = "a.\x1b[31mred\x1b]0;title\x07\nerror: forged"
+    source = write_file(tmp_path / "in.safetensors", {f"{name}.weight": torch.full((64, 64), torch.nan)})
+    ran = cli("convert", source, tmp_path / "out.safetensors", "--format", "fp8")
+    assert ran.status == 1
+    assert "\x1b" not in ran.err
+    assert r"\x1b[31mred" in ran.err
+    assert not any(line.startswith("error: forged") for line in ran.err.splitlines())
+    good = write_file(tmp_path / "good.safetensors", {f"{name}.weight": torch.ones(64, 64)})
+    for command in (("plan", good, "--format", "fp8"), ("inspect", good, "--layers")):
+        ran = cli(*command)
+        assert ran.status == 0
+        assert "\x1b" not in ran.out + ran.err
