@@ -57,7 +57,8 @@ def format_info(name: str) -> FormatInfo:
 def make_format(name: str, scaling: str | None = None, block_size: int | None = None) -> Format:
     """Builds a format. ``scaling`` None is the format's default; ``block_size`` belongs to block scaling.
 
-    Raises UsageError for an unknown name, a scaling that the format does not offer, or a block size that is below 1 or means nothing.
+    Raises UsageError for an unknown name, a scaling that the format does not offer, and a block size that is below 1 or
+    means nothing.
     """
     info = format_info(name)
     chosen = scaling or info.scalings[0]

@@ -379,7 +379,7 @@ def test_weights_that_were_fp8_stay_as_they_are(scaling: str) -> None:
     """A search finds the scale that they came from: its error is 0."""
     fmt = make_format("fp8", scaling, 16 if scaling == "block" else None)
     for seed in range(20):
-        quantized = quantize(make_format("fp8", scaling, 16), weights("normal", (48, 64), seed))
+        quantized = quantize(fmt, weights("normal", (48, 64), seed))
         weight = decode(fmt, quantized)
         again = decode(fmt, quantize(fmt, weight, search=True))
         assert torch.allclose(again, weight, rtol=1e-6, atol=0)
