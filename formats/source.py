@@ -137,7 +137,7 @@ def _open_index(index: Path) -> Source:
             "the download is probably incomplete"
         )
     source = _read([root / shard for shard in shards], root, _sidecars(root))
-    paths = {shard: str(root / shard) for shard in shards}
+    paths = {shard: str((root / shard).absolute()) for shard in shards}
     for name, shard in weight_map.items():
         ref = source.refs.get(name)
         if ref is None or ref.path != paths[shard]:

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from quantloom.formats import source as source_module
 from quantloom.formats.errors import CheckpointError
@@ -446,3 +448,17 @@ class TestUnreadable:
     def test_mode_bits(self, sharded: Path) -> None:
         (sharded / "consolidated.safetensors").chmod(0)
         refused(sharded / "consolidated.safetensors", "Permission denied")
+
+
+def test_a_relative_folder_with_an_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Paths of tensors are absolute: workers may stand in another folder."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    names = [f"model-{number:05d}-of-00002.safetensors" for number in (1, 2)]
+    for name in names:
+        save_file({f"{name[6:11]}.weight": torch.ones(2, 2)}, folder / name)
+    index = {"weight_map": {f"{name[6:11]}.weight": name for name in names}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    monkeypatch.chdir(tmp_path)
+    source = open_source("model")
+    assert {ref.path for ref in source.refs.values()} == {str(folder / name) for name in names}
