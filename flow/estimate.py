@@ -8,7 +8,7 @@ from ..stages.work import LayerPlan
 from .budget import cores
 from .recipe import Run
 
-_CPU_SECONDS_PER_GB = {"copy": 0.9, "fp8": 2.0, "fp8_e5m2": 2.0, "int8": 2.3, "mxfp8": 3.0, "nvfp4": 9.0}
+_CPU_SECONDS_PER_GB = {"copy": 0.9, "fp8": 1.6, "fp8_e5m2": 1.6, "int8": 1.4, "mxfp8": 2.1, "nvfp4": 7.0}
 """Two virtual cores, warm page cache, reading and writing included, default rounding."""
 
 _CUDA_SECONDS_PER_GB = 0.5

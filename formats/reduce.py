@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .scratch import scratch
+from .scratch import scratch, tiles
 
 
 def halvings(x: torch.Tensor, width: int = 1) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], torch.Tensor]:
@@ -48,11 +48,16 @@ def absmax(x: torch.Tensor) -> torch.Tensor:
 
     Magnitudes are ordered as their bits are, and torch reduces integers many times faster than ``aminmax``.
     """
-    bits = scratch("absmax", x.shape, torch.int32, x.device)
-    if x.shape[-1] < 32:  # too few for its vectors
-        magnitude = torch.abs(x, out=bits.view(torch.float32)).view(1, x.shape[0], -1)
-        return torch.nn.functional.max_pool1d(magnitude, x.shape[-1]).view(x.shape[:-1])
-    return torch.bitwise_and(x.view(torch.int32), 0x7FFFFFFF, out=bits).amax(-1).view(torch.float32)
+    largest = torch.empty(x.shape[:-1], dtype=x.dtype, device=x.device)
+    for part in tiles(x):
+        rows = x[part]
+        bits = scratch("absmax", rows.shape, torch.int32, x.device)
+        if x.shape[-1] < 32:  # too few for its vectors
+            magnitude = torch.abs(rows, out=bits.view(torch.float32)).view(1, rows.shape[0], -1)
+            largest[part] = torch.nn.functional.max_pool1d(magnitude, x.shape[-1]).view(rows.shape[:-1])
+        else:
+            largest[part] = torch.bitwise_and(rows.view(torch.int32), 0x7FFFFFFF, out=bits).amax(-1).view(torch.float32)
+    return largest
 
 
 def divide(x: torch.Tensor, by: float) -> torch.Tensor:
