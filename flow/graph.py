@@ -13,7 +13,7 @@ from dataclasses import replace
 from dask._task_spec import GraphNode, List, Task, TaskRef
 
 from ..stages.scaling import Scale
-from ..stages.work import Environment, LayerPlan, Receipt, Work
+from ..stages.work import Environment, LayerPlan, Receipt, Step, Work
 from .runner import prepare_thread
 
 BATCH_BYTES = 64 << 20
@@ -146,11 +146,11 @@ def _fuse_parts(plan: LayerPlan, nodes: Graph, graph: Graph, run_id: str) -> lis
 # What the nodes call. They run in workers.
 
 
-def start(plan: LayerPlan, rows: tuple[int, int], environment: Environment, step: object) -> Work:
+def start(plan: LayerPlan, rows: tuple[int, int], environment: Environment, step: Step) -> Work:
     """A fresh work with the first step's stream."""
     prepare_thread(environment)
     work = Work(plan, rows, environment, started=time.perf_counter())
-    return step.run(work)  # type: ignore[attr-defined,no-any-return]
+    return step.run(work)
 
 
 def part_amax(step: Scale, work: Work) -> float:

@@ -156,7 +156,7 @@ def plan_layers(recipe: Recipe) -> tuple[Source, list[LayerPlan], Context]:
     context = Context()
     found = group_layers(source)
     _refuse_shared_names(found)
-    layers = [keep(layer, _first_reason(layer)) for layer in found]
+    layers = [keep(layer, layer.problem or "") for layer in found]  # a stage that touches a layer gives its own reason
     unreadable = [layer for layer in found if layer.problem]
     if unreadable:
         first = f"{unreadable[0].name}: {unreadable[0].problem}"
@@ -184,11 +184,6 @@ def _with_target(stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
     return stages if any(stage.verb == "target" for stage in stages) else (make_stage("target", {}), *stages)
 
 
-def _first_reason(layer: Layer) -> str:
-    """Why a layer that no stage touches is copied; nothing to explain for biases and the like."""
-    return layer.problem or ""
-
-
 def _slots(layer: LayerPlan, slots: dict[str, Slot]) -> tuple[Slot, ...]:
     return tuple(slots[spec.name] for spec in layer.outputs)
 
@@ -213,9 +208,9 @@ def _refuse_same_file(source: Source, output: Output, shards: Sequence[Shard]) -
 def _digest(recipe: Recipe, source: Source, forced: Mapping[str, str]) -> str:
     """How the work runs (memory, workers, device) does not count, nor when and where the source was put down: equal
     sources give equal files on every machine."""
-    stages = [{"stage": stage.verb, **stage.to_dict()} for stage in recipe.stages]
     assert recipe.output is not None
-    parts = [__version__, source.layout, stages, recipe.output.dialect, recipe.output.shard_bytes, sorted(forced)]
+    output = recipe.output
+    parts = [__version__, source.layout, recipe.stages_dict(), output.dialect, output.shard_bytes, sorted(forced)]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -224,7 +219,6 @@ def _metadata(recipe: Recipe, source: Source, layers: Sequence[LayerPlan], diges
     metadata = {key: value for key, value in source.metadata.items() if key not in (HEADER_KEY, ENTRY)}
     entries = {layer.layer.name: layer.entry for layer in layers if layer.entry is not None}
     names = [spec.name for layer in layers for spec in layer.outputs]
-    stages = [{"stage": stage.verb, **stage.to_dict()} for stage in recipe.stages]
     metadata[HEADER_KEY] = header_entry(entries, names)
-    metadata[ENTRY] = json.dumps({"version": __version__, "recipe": {"stages": stages}, "plan": digest})
+    metadata[ENTRY] = json.dumps({"version": __version__, "recipe": {"stages": recipe.stages_dict()}, "plan": digest})
     return metadata

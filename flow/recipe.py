@@ -93,10 +93,14 @@ class Recipe:
         return {
             "quantloom_recipe": RECIPE_VERSION,
             "source": list(self.source),
-            "stages": [{"stage": stage.verb, **stage.to_dict()} for stage in self.stages],
+            "stages": self.stages_dict(),
             "output": None if self.output is None else asdict(self.output),
             "run": asdict(self.run),
         }
+
+    def stages_dict(self) -> list[dict[str, Any]]:
+        """The stages as JSON values: what recipe, plan digest and output header say of them."""
+        return [{"stage": stage.verb, **stage.to_dict()} for stage in self.stages]
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2)

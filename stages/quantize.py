@@ -106,7 +106,7 @@ def _checked_format(options: Mapping[str, Any]) -> Format:
 
 def _chain(plan: LayerPlan, fmt: Format, chosen: Mapping[str, Any], context: Context) -> LayerPlan:
     layer, (rows, columns) = plan.layer, plan.layer.weight.shape
-    group = _rotation(chosen["rotate"], fmt, columns)
+    group = _rotation(chosen["rotate"], columns)
     if chosen["rotate"] and group is None:
         context.notes.append(f"{layer.name}: not rotated, no group of {chosen['rotate']} divides its {columns} columns")
     options = LayerOptions(group, chosen["full_precision_matmul"], chosen["input_scale"], layer.weight.dtype)
@@ -144,9 +144,8 @@ def _check_rotation(rotate: str | None, fmt: Format) -> None:
         raise UsageError(f"rotation needs int8 with row scaling, not {has}: no client undoes it there")
 
 
-def _rotation(rotate: str | None, fmt: Format, columns: int) -> int | None:
-    """The group that a layer is rotated by, or None when none divides its columns."""
-    _check_rotation(rotate, fmt)
+def _rotation(rotate: str | None, columns: int) -> int | None:
+    """The group that a layer is rotated by (``rotate`` is checked already), or None when none divides its columns."""
     if rotate is None:
         return None
     size = rotate.partition(":")[2]
