@@ -56,6 +56,19 @@ class Element:
             return x.round_().to(torch.int8)
         return x.to(torch.float8_e4m3fn if self.dtype == "F8_E4M3" else torch.float8_e5m2)
 
+    def round_(self, x: torch.Tensor) -> torch.Tensor:
+        """Grid values nearest to float32 ``x`` of either sign, saturating, in place: ties to even.
+
+        Half as much again as in ``nearest_`` is added, so that the sum of a negative number stays in the binade where
+        a last place is one grid step; that even multiple of the step leaves ties to even as they are.
+        """
+        x.clamp_(-self.largest, self.largest)
+        if self.dtype == "I8":
+            return x.round_()
+        binade = self.binade(x)
+        alpha = 1.5 * 2.0 ** (23 - self.mantissa)
+        return x.add_(binade, alpha=alpha).sub_(binade, alpha=alpha)
+
     def nearest_(self, x: torch.Tensor) -> torch.Tensor:
         """Grid values nearest to ``x`` >= 0 (float32, contiguous), in place; beyond ``largest`` the grid goes on.
 
@@ -67,7 +80,7 @@ class Element:
         return x.add_(binade, alpha=alpha).sub_(binade, alpha=alpha)
 
     def binade(self, x: torch.Tensor) -> torch.Tensor:
-        """Per element of ``x`` >= 0 its power of two, at least ``smallest_normal``, in scratch memory."""
+        """Per element of ``x`` the power of two in it, at least ``smallest_normal``, in scratch memory."""
         binade = scratch("binade", x.shape, x.dtype, x.device)
         torch.bitwise_and(x.view(torch.int32), _EXPONENT, out=binade.view(torch.int32))
         return binade.clamp_(min=self.smallest_normal)

@@ -12,6 +12,8 @@ from typing import ClassVar
 
 import torch
 
+from .elements import Element
+
 TINY = 2.0**-100
 """An amax below this is scaled as this: smaller groups would overflow float32 reciprocals."""
 
@@ -57,6 +59,8 @@ class Format(ABC):
     block_size: int | None = None
     """Edge of a tile, or length of a group; None for tensor and row."""
 
+    element: ClassVar[Element]
+    """Grid of the codes."""
     code_dtype: ClassVar[str]
     """safetensors dtype of the stored codes."""
     scale_dtype: ClassVar[str]
@@ -98,6 +102,33 @@ class Format(ABC):
             return (rows,)
         size = self.block_size or 1
         return (rows // size, columns // size) if self.scaling == "block" else (rows, columns // size)
+
+    def shaped(self, x: torch.Tensor) -> torch.Tensor:
+        """A view of contiguous rows ``x`` over which ``spread`` values broadcast."""
+        size = self.block_size or 1
+        if self.scaling == "block":
+            return x.view(x.shape[0] // size, size, x.shape[1] // size, size)
+        return x.view(x.shape[0], -1, size) if self.scaling == "group" else x
+
+    def spread(self, per_group: torch.Tensor) -> torch.Tensor:
+        """Values per scaling group (shape ``scale_shape``) in a shape that broadcasts over ``shaped(x)``."""
+        if self.scaling == "tensor":
+            return per_group
+        if self.scaling == "block":
+            return per_group[:, None, :, None]
+        return per_group[..., None]
+
+    def snap_(self, x: torch.Tensor, scales: Scales) -> torch.Tensor:
+        """Replaces weights by the nearest ones that codes under ``scales`` can express, in place.
+
+        ``decode(encode_(x))`` but for the last bit of ties; encoding the result gives codes that decode to it.
+        """
+        multiplier = self.spread(scales.multiplier)
+        shaped = self.shaped(x)
+        shaped.mul_(torch.where(multiplier > 0, multiplier.reciprocal(), 0.0))
+        self.element.round_(x)
+        shaped.mul_(multiplier)
+        return x
 
     @property
     def searches(self) -> bool:

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from .elements import E4M3, e8m0_ceil, e8m0_decode, e8m0_inverse
+from .elements import E4M3, Element, e8m0_ceil, e8m0_decode, e8m0_inverse
 from .format import Format, Scales, Stats
 from .reduce import absmax
 
@@ -16,6 +16,7 @@ from .reduce import absmax
 class Mxfp8(Format):
     """The exponent is rounded up, so no weight saturates; searching others does not lower the error."""
 
+    element: ClassVar[Element] = E4M3
     code_dtype: ClassVar[str] = "F8_E4M3"
     scale_dtype: ClassVar[str] = "U8"
 

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import torch
 
-from .elements import E2M1, E4M3, e2m1_encode_, shorten_
+from .elements import E2M1, E4M3, Element, e2m1_encode_, shorten_
 from .format import TINY, Format, Scales, Stats
 from .reduce import absmax, divide, least
 from .scratch import scratch, tiles
@@ -37,6 +37,7 @@ _PART = 1 << 18
 class Nvfp4(Format):
     """Block scales are divided by the tensor scale and rounded to E4M3; a block that rounds to scale 0 is all zeros."""
 
+    element: ClassVar[Element] = E2M1
     code_dtype: ClassVar[str] = "U8"
     scale_dtype: ClassVar[str] = "F8_E4M3"
     two_pass: ClassVar[bool] = True

@@ -30,7 +30,6 @@ def _safe(amax: torch.Tensor) -> torch.Tensor:
 class ScaledFormat(Format):
     """Codes of one element grid times a float32 scale."""
 
-    element: ClassVar[Element]
     scale_dtype: ClassVar[str] = "F32"
 
     def amax(self, x: torch.Tensor) -> torch.Tensor:
@@ -39,28 +38,14 @@ class ScaledFormat(Format):
             return torch.maximum(-low, high)
         if self.scaling == "row":
             return absmax(x)
-        return absmax(self._tiles(x)).amax(1)
-
-    def _tiles(self, x: torch.Tensor) -> torch.Tensor:
-        """(R, b, C, b) view of (R*b, C*b) rows."""
-        size = self.block_size or 1
-        return x.view(x.shape[0] // size, size, x.shape[1] // size, size)
-
-    def _spread(self, per_group: torch.Tensor) -> torch.Tensor:
-        """Per-group values in a shape that broadcasts over ``_shaped(x)``."""
-        if self.scaling == "row":
-            return per_group[:, None]
-        return per_group[:, None, :, None] if self.scaling == "block" else per_group
-
-    def _shaped(self, x: torch.Tensor) -> torch.Tensor:
-        return self._tiles(x) if self.scaling == "block" else x
+        return absmax(self.shaped(x)).amax(1)
 
     def encode_(self, x: torch.Tensor, scales: Scales) -> torch.Tensor:
-        shaped = self._shaped(x)
+        shaped = self.shaped(x)
         if scales.inverse is None:
-            shaped.div_(self._spread(scales.multiplier))
+            shaped.div_(self.spread(scales.multiplier))
         else:
-            shaped.mul_(self._spread(scales.inverse))
+            shaped.mul_(self.spread(scales.inverse))
         return self.element.encode_(x)
 
     def multiplier(self, stored: torch.Tensor, whole: torch.Tensor | None) -> torch.Tensor:
@@ -99,7 +84,7 @@ class Fp8(ScaledFormat):
             return self.scales(amax, whole)
         groups = x
         if self.scaling == "block":
-            tiled = self._tiles(x).transpose(1, 2)
+            tiled = self.shaped(x).transpose(1, 2)
             groups = scratch("fp8_groups", tiled.shape, x.dtype, x.device).copy_(tiled).view(amax.numel(), -1)
         inverse = self._phase(groups, self.element.largest / _safe(amax).view(-1)).view(amax.shape)
         stored = 1.0 / inverse
