@@ -1,10 +1,12 @@
-"""The command line: ``quantloom convert``, ``plan``, ``inspect``, ``verify``, ``formats``.
+"""The command line: ``quantloom convert``, ``plan``, ``inspect``, ``verify``, ``formats``, ``roundings``,
+``calibrate``.
 
 Heavy modules are imported where they are needed: help is quick.
 """
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -14,6 +16,7 @@ from .. import __version__
 from ..formats.errors import QuantloomError
 from ..formats.registry import FORMATS
 from . import console
+from .calibrate_cli import calibrate
 from .entry import STOPPED, run_command
 from .options import JSON, RUNNING, TALKING, TARGETING, add_options, build_recipe
 
@@ -108,6 +111,9 @@ def _unused_name() -> str:
     return name
 
 
+cli.add_command(calibrate)
+
+
 @cli.command(short_help="Show what a checkpoint holds.")
 @click.argument("path")
 @click.option("--layers", "every_layer", is_flag=True, help="List every layer.")
@@ -132,20 +138,40 @@ def inspect(path: str, every_layer: bool, as_json: bool) -> int:
 @click.argument("output")
 @click.option("--against", required=True, multiple=True, metavar="SOURCE",
               help="The checkpoint that OUTPUT was made from; once for each file of a list.")
+@click.option("--statistics", metavar="STORE",
+              help="Also measure the output error of every layer, beside plain rounding; holds whole matrices.")
 @click.option("--worst", "most", default=10, show_default=True, metavar="N", help="How many layers to show.")
 @JSON
-def verify(output: str, against: tuple[str, ...], most: int, as_json: bool) -> int:
+def verify(output: str, against: tuple[str, ...], statistics: str | None, most: int, as_json: bool) -> int:
     """Decode OUTPUT and compare it with its source, weight by weight. Exit status 1 when it is broken."""
 
     def action() -> int:
         from .verify import verify as check
 
-        result = check(output, against[0] if len(against) == 1 else list(against))
+        result = check(output, against[0] if len(against) == 1 else list(against), statistics=statistics)
         if as_json:
             console.print_json(result.to_dict())
         else:
             console.print_verification(result, most)
         return 0 if result.ok else 1
+
+    return console.guarded(action)
+
+
+@cli.command(short_help="List the roundings, when to use which, and their options.")
+@JSON
+def roundings(as_json: bool) -> int:
+    """List the roundings: when to use which, and their options (-O NAME=VALUE)."""
+
+    def action() -> int:
+        from .roundings import describe_roundings
+
+        found = describe_roundings()
+        if as_json:
+            console.print_json([asdict(rounding) for rounding in found])
+            return 0
+        console.print_roundings(found)
+        return 0
 
     return console.guarded(action)
 

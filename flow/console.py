@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..formats.errors import QuantloomError, UsageError, printable
 from .progress import Display
+from .quality import MEASURES, gains
 from .sizes import count, show_size
 from .tables import Name, short_size, shortened
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from .pipeline import Flow
     from .plan import Plan
     from .report import Report
+    from .roundings import Rounding
     from .verify import Verification
 
 PIPE_WIDTH = 400
@@ -180,9 +182,10 @@ def print_inspection(found: Inspection, every_layer: bool) -> None:
 def print_verification(result: Verification, most: int) -> None:
     """Worst layers, problems, and the verdict."""
     console = stdout()
-    table = _table("layer", "format", ">relative error")
+    measured = [column for column in MEASURES if any(column.of(layer) for layer in result.worst)]
+    table = _table("layer", "format", ">relative error", *(f">{column.heading}" for column in measured))
     for layer in result.worst[:most]:
-        table.add_row(Name(layer.name), layer.format, f"{layer.error:.5f}")
+        table.add_row(Name(layer.name), layer.format, f"{layer.error:.5f}", *(column.of(layer) for column in measured))
     if result.worst:
         console.print(f"Worst {min(most, len(result.worst))} of {count(len(result.worst), 'quantized layer')}:")
         console.print(table)
@@ -190,10 +193,22 @@ def print_verification(result: Verification, most: int) -> None:
         console.print(f"[red]broken:[/] {_escape(problem)}", soft_wrap=True)
     for name in result.unknown if result.layers else ():
         console.print(f"[yellow]warning:[/] {_escape(name)}: not in the source", soft_wrap=True)
+    for line in gains([layer.quality for layer in result.worst if layer.quality]):
+        console.print(line)
     kept = len(result.layers) - len(result.worst)
     verdict = "sound" if result.ok else f"BROKEN ({count(len(result.problems), 'problem')})"
     layers = f"{count(len(result.worst), 'quantized layer')}, {count(kept, 'tensor')} kept as they were"
     console.print(f"{_escape(result.output)}: {verdict}; {layers}", soft_wrap=True)
+
+
+def print_roundings(roundings: Iterable[Rounding]) -> None:
+    """When to use which, and the options below each."""
+    console = stdout()
+    for rounding in roundings:
+        console.print(f"[bold]{rounding.name}[/]  {_escape(rounding.help)}", soft_wrap=True)
+        for option in rounding.options:
+            default = "chosen by format" if option.default is None else f"default {option.default}"
+            console.print(f"    {option.name}  {_escape(option.help)} ({default})", soft_wrap=True)
 
 
 def print_formats(formats: Iterable[FormatInfo]) -> None:

@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from dask._task_spec import GraphNode, List, Task, TaskRef
 
+from ..stages.inputs import release
 from ..stages.scaling import Scale
 from ..stages.work import Environment, LayerPlan, Receipt, Step, Work
 from .runner import prepare_thread
@@ -86,18 +87,30 @@ def _shared_scale(plan: LayerPlan) -> Key | None:
 
 
 def batches(layers: Sequence[LayerPlan]) -> Iterator[list[LayerPlan]]:
-    """Layers, biggest first, in groups of BATCH_BYTES or BATCH_LAYERS; a layer in row ranges is alone."""
+    """Layers, biggest first, in groups of BATCH_BYTES or BATCH_LAYERS; a layer in row ranges is alone.
+
+    Layers of one affinity stay side by side, whatever their sizes.
+    """
+    largest: dict[str, int] = {}
+    for plan in layers:
+        largest[plan.affinity] = max(largest.get(plan.affinity, 0), plan.layer.nbytes)
+
+    def place(plan: LayerPlan) -> tuple[int, str, int, str]:
+        size = largest[plan.affinity] if plan.affinity else plan.layer.nbytes
+        return -size, plan.affinity, -plan.layer.nbytes, plan.layer.name
+
     pending: list[LayerPlan] = []
     size = 0
-    for plan in sorted(layers, key=lambda layer: (-layer.layer.nbytes, layer.layer.name)):
+    for plan in sorted(layers, key=place):
         if plan.parts:
             yield [plan]
             continue
-        pending.append(plan)
-        size += plan.layer.nbytes
-        if size >= BATCH_BYTES or len(pending) == BATCH_LAYERS:
+        together = bool(pending and plan.affinity and plan.affinity == pending[-1].affinity)
+        if (size >= BATCH_BYTES or len(pending) == BATCH_LAYERS) and not together:
             yield pending
             pending, size = [], 0
+        pending.append(plan)
+        size += plan.layer.nbytes
     if pending:
         yield pending
 
@@ -181,10 +194,11 @@ def make_receipt(work: Work, first: bool) -> Receipt:
     share = (work.rows[1] - work.rows[0]) / max(1, plan.rows)
     return Receipt(
         plan.layer.name, plan.format, round(plan.layer.nbytes * share), round(plan.nbytes_out * share),
-        time.perf_counter() - work.started, work.squared_error, work.squared_weight, first,
+        time.perf_counter() - work.started, work.squared_error, work.squared_weight, first, work.quality,
     )  # fmt: skip
 
 
 def gather_receipts(receipts: Sequence[Receipt]) -> list[Receipt]:
-    """The receipts of one task."""
+    """The receipts of one task, which lets go of what its layers shared."""
+    release()
     return list(receipts)

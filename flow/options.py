@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -24,7 +25,16 @@ TARGETING: Options = [
                  help="Rotate rows by a Hadamard matrix first (int8 row); N is 4, 16, 64, 256 ... Without N: the "
                  "largest that divides."),
     click.option("--rounding", metavar="ROUNDING",
-                 help="mse: scales of least squared error (default); nearest: scales from the largest weight."),
+                 help="nearest: scales from the largest weight; mse: scales of least squared error (default); learned; "
+                 "calibrated (needs --statistics); gradient. `quantloom roundings` tells when to use which."),
+    click.option("-O", "--rounding-option", "rounding_options", metavar="NAME=VALUE", multiple=True,
+                 help="An option of the rounding, such as damping=0.1. Repeatable; `quantloom roundings` lists them."),
+    click.option("--statistics", metavar="STORE",
+                 help="Statistics of the layers' inputs, from `quantloom calibrate MODEL --random-tokens`."),
+    click.option("--without-statistics", metavar="ROUNDING|keep",
+                 help="What layers that the statistics lack get instead of calibrated. Default: mse."),
+    click.option("--bias-correction/--no-bias-correction", default=None,
+                 help="Add to biases what rounding takes from the mean output; needs --statistics."),
     click.option("--preset", metavar="NAME|auto|none",
                  help="Which layers this model must keep. auto (default): found by key names."),
     click.option("--include", metavar="REGEX", multiple=True, help="Quantize only layers that match. Repeatable."),
@@ -34,8 +44,9 @@ TARGETING: Options = [
                  help="JSON, YAML or TOML: pattern -> format, scaling, block_size, rotate, rounding, skip."),
     click.option("--heuristics/--no-heuristics", default=None,
                  help="Also keep layers that are too small or too long to gain."),
-    click.option("--input-scale", type=float, metavar="X",
-                 help="Store this static activation scale with FP8 layers."),
+    click.option("--input-scale", metavar="X|amax|p99.9",
+                 help="Store a static activation scale with FP8 and NVFP4 layers: a number, or the largest input (or a "
+                 "percentile) of the statistics."),
     click.option("--full-precision-matmul/--no-full-precision-matmul", default=None,
                  help="Mark layers so that the client multiplies in full precision."),
     click.option("--nonfinite", metavar="refuse|keep",
@@ -66,7 +77,10 @@ TALKING: Options = [
     JSON,
 ]
 
-_QUANTIZE = ("scaling", "block_size", "rotate", "rounding", "input_scale", "full_precision_matmul", "nonfinite")
+_QUANTIZE = (
+    "scaling", "block_size", "rotate", "rounding", "statistics", "without_statistics", "bias_correction", "input_scale",
+    "full_precision_matmul", "nonfinite",
+)  # fmt: skip
 _OF_ONE_FORMAT = ("scaling", "block_size", "rotate", "input_scale")
 """Settings of a recipe that mean nothing once ``--format`` names another format."""
 _OF_ONE_SCALING = ("block_size", "rotate")
@@ -87,7 +101,13 @@ def build_recipe(source: tuple[str, ...], destination: str, options: dict[str, A
     base = Recipe.load(options["recipe_file"]) if options.get("recipe_file") else Recipe()
     stages = {stage.verb: stage.to_dict() for stage in base.stages}
     quantize = _given(options, {"format_": "format", **{name: name for name in _QUANTIZE}})
+    if options.get("input_scale") is not None:
+        quantize["input_scale"] = _value(options["input_scale"])
+    if options.get("rounding_options"):
+        quantize["rounding_options"] = _rounding_options(options["rounding_options"])
     before = stages.get("quantize", {})
+    if quantize.get("rounding", before.get("rounding")) != before.get("rounding"):
+        before.pop("rounding_options", None)
     if quantize.get("format", before.get("format")) != before.get("format"):
         before = {name: value for name, value in before.items() if name not in _OF_ONE_FORMAT}
     elif quantize.get("scaling", before.get("scaling")) != before.get("scaling"):
@@ -107,6 +127,23 @@ def build_recipe(source: tuple[str, ...], destination: str, options: dict[str, A
     for verb, values in stages.items():
         recipe = recipe.with_stage(make_stage(verb, values))
     return recipe
+
+
+def _rounding_options(given: tuple[str, ...]) -> dict[str, Any]:
+    """NAME=VALUE pairs as a mapping."""
+    pairs = [text.partition("=") for text in given]
+    if wrong := [text for text, pair in zip(given, pairs, strict=True) if not pair[0] or not pair[1]]:
+        raise click.UsageError(f"--rounding-option {wrong[0]!r} is not NAME=VALUE, such as damping=0.1")
+    return {name.strip().replace("-", "_"): _value(value.strip()) for name, _, value in pairs}
+
+
+def _value(text: str) -> Any:
+    """A number, true or false where the text is one; otherwise the text."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return text
+    return value if isinstance(value, int | float | bool) else text
 
 
 def _given(options: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:

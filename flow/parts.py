@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 
 from ..formats.format import ceil_to
+from ..stages.matrix import Solve
 from ..stages.work import LayerPlan
 
 PART_BYTES = 512 << 20
@@ -16,9 +17,9 @@ ROWS_MULTIPLE = 128
 
 
 def split_large(plan: LayerPlan) -> LayerPlan:
-    """The layer with row ranges of at most PART_BYTES, when it is quantized and larger."""
+    """The layer with row ranges of at most PART_BYTES, when it is quantized by rows and larger."""
     nbytes = plan.layer.nbytes
-    if not plan.format or nbytes <= PART_BYTES:
+    if not plan.format or nbytes <= PART_BYTES or any(isinstance(step, Solve) for step in plan.steps):
         return plan
     multiple = math.lcm(ROWS_MULTIPLE, getattr(plan.steps[0], "multiple", 1))
     count = -(-nbytes // PART_BYTES)

@@ -146,7 +146,7 @@ def _changed(stage: Any) -> dict[str, Any]:
     from dataclasses import fields
 
     values = stage.to_dict()
-    return {item.name: values[item.name] for item in fields(stage) if values[item.name] not in (item.default, [])}
+    return {item.name: values[item.name] for item in fields(stage) if values[item.name] not in (item.default, [], {})}
 
 
 def _arguments(values: dict[str, Any]) -> str:

@@ -25,12 +25,10 @@ from ..stages.stage import Context, Stage, make_stage
 from ..stages.work import LayerPlan
 from .budget import Budget
 from .estimate import estimate_seconds
+from .origin import ENTRY
 from .parts import split_large
 from .recipe import Output, Recipe
 from .sizes import count, show_seconds, show_size
-
-ENTRY = "quantloom"
-"""Header entry with version, recipe and plan digest."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +79,7 @@ class Plan:
         layers = [
             {
                 "name": layer.layer.name, "shape": list(layer.layer.weight.shape), "format": layer.format or None,
+                "rounding": layer.rounding or None,
                 "kept_because": layer.reason or None, "bytes_in": layer.layer.nbytes, "bytes_out": layer.nbytes_out,
             }
             for layer in self.layers
@@ -103,8 +102,10 @@ class Plan:
         lines = [f"source   {', '.join(self.recipe.source)}  ({found})", f"output   {self.output.path}  ({made})"]
         for name, number in sorted(self.formats.items()):
             chosen = [layer for layer in self.quantized if layer.format == name]
+            by = ", ".join(sorted({layer.rounding for layer in chosen}))
             before, after = sum(layer.layer.nbytes for layer in chosen), sum(layer.nbytes_out for layer in chosen)
-            lines.append(f"quantize {count(number, 'layer', 5)} to {name}: {show_size(before)} -> {show_size(after)}")
+            sizes = f"{show_size(before)} -> {show_size(after)}"
+            lines.append(f"quantize {count(number, 'layer', 5)} to {name}, rounding {by}: {sizes}")
         lines += [f"keep     {count(number, 'tensor', 5)}: {reason}" for reason, number in self.kept.most_common()]
         seconds = estimate_seconds(self.layers, self.recipe.run, workers)
         lines.append(f"estimate {show_seconds(seconds) if seconds >= 1 else 'under a second'}")
@@ -210,7 +211,7 @@ def _digest(recipe: Recipe, source: Source, forced: Mapping[str, str]) -> str:
     sources give equal files on every machine."""
     assert recipe.output is not None
     output = recipe.output
-    parts = [__version__, source.layout, recipe.stages_dict(), output.dialect, output.shard_bytes, sorted(forced)]
+    parts = [__version__, source.layout, recipe.identity(), output.dialect, output.shard_bytes, sorted(forced)]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -220,5 +221,5 @@ def _metadata(recipe: Recipe, source: Source, layers: Sequence[LayerPlan], diges
     entries = {layer.layer.name: layer.entry for layer in layers if layer.entry is not None}
     names = [spec.name for layer in layers for spec in layer.outputs]
     metadata[HEADER_KEY] = header_entry(entries, names)
-    metadata[ENTRY] = json.dumps({"version": __version__, "recipe": {"stages": recipe.stages_dict()}, "plan": digest})
+    metadata[ENTRY] = json.dumps({"version": __version__, "recipe": {"stages": recipe.identity()}, "plan": digest})
     return metadata

@@ -99,8 +99,12 @@ class Recipe:
         }
 
     def stages_dict(self) -> list[dict[str, Any]]:
-        """The stages as JSON values: what recipe, plan digest and output header say of them."""
+        """The stages as JSON values."""
         return [{"stage": stage.verb, **stage.to_dict()} for stage in self.stages]
+
+    def identity(self) -> list[dict[str, Any]]:
+        """The stages as plan digest and output header have them: without what depends on the machine."""
+        return [{"stage": stage.verb, **stage.identity()} for stage in self.stages]
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2)

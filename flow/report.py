@@ -5,18 +5,21 @@ from __future__ import annotations
 import html
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..formats.shards import index_file, is_single_file
 from ..stages.work import Receipt
 from .plan import Plan
+from .quality import MEASURES, Column, gains
 from .sizes import count, show_seconds, show_size
 from .tables import Name, short_size
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
     from rich.table import Table
+
+    from ..stages.quality import Quality
 
 WORST_SHOWN = 5
 
@@ -30,14 +33,20 @@ class LayerReport:
     nbytes_in: int
     nbytes_out: int
     error: float
-    """Relative Frobenius error ||W' - W|| / ||W||, from one row in 64 (more in small layers)."""
+    """Relative Frobenius error ||W' - W|| / ||W||: of every weight where ``quality`` is known, else from one row in 64
+    (more in small layers)."""
     seconds: float
+    rounding: str = ""
+    quality: Quality | None = None
+    """What a method that looks at a whole matrix brought, beside plain rounding."""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
         return {
-            "name": self.name, "format": self.format, "bytes_in": self.nbytes_in, "bytes_out": self.nbytes_out,
-            "error": self.error, "seconds": self.seconds,
+            "name": self.name, "format": self.format, "rounding": self.rounding,
+            "bytes_in": self.nbytes_in, "bytes_out": self.nbytes_out, "error": self.error,
+            "error_sampled": self.quality is None, "seconds": self.seconds,
+            **({} if self.quality is None else asdict(self.quality)),
         }  # fmt: skip
 
 
@@ -86,10 +95,19 @@ class Report:
             "source": list(self.source), "output": self.output,
             "bytes_in": self.nbytes_in, "bytes_out": self.nbytes_out,
             "ratio": self.ratio, "seconds": self.seconds, "peak_memory_bytes": self.peak_bytes,
-            "distributed": self.distributed, "error_sampled": True,
+            "distributed": self.distributed,
             "layers": [layer.to_dict() for layer in self.layers], "kept": self.kept,
             "notes": list(self.notes), "warnings": list(self.warnings), "verify": self.verify_command,
         }  # fmt: skip
+
+    @property
+    def _columns(self) -> list[Column]:
+        """Errors that the layers have."""
+        def sampled(layer: LayerReport) -> str:
+            return "" if layer.quality else f"{layer.error:.5f}"
+
+        columns = (Column("error (sampled)", sampled), *MEASURES)
+        return [column for column in columns if any(column.of(layer) for layer in self.layers)]
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2)
@@ -102,12 +120,13 @@ class Report:
         table = Table(title=None, header_style="bold")
         for heading, least in (("layer", 16), ("format", 6)):
             table.add_column(heading, overflow="fold", min_width=least)
-        table.add_column("error (sampled)", justify="right", min_width=9)
+        for column in self._columns:
+            table.add_column(column.heading, justify="right", min_width=9)
         for heading in ("before", "after", "time"):
             table.add_column(heading, justify="right", no_wrap=True)
         for layer in self.worst[:most]:
             table.add_row(
-                Name(layer.name), Text(layer.format), f"{layer.error:.5f}",
+                Name(layer.name), Text(layer.format), *(column.of(layer) for column in self._columns),
                 short_size(layer.nbytes_in), short_size(layer.nbytes_out), show_seconds(layer.seconds),
             )  # fmt: skip
         return table
@@ -122,7 +141,10 @@ class Report:
             f"{show_seconds(self.seconds)}, {rate:.2f} GB/s, {peak}",
         ]
         lines += [f"kept {count(number, 'tensor')}: {reason}" for reason, number in self.kept.items()]
-        if self.layers:
+        lines += gains([layer.quality for layer in self.layers if layer.quality])
+        if unchanged := [layer.name for layer in self.layers if layer.quality and layer.quality.kept_start]:
+            lines.append(f"no better than the rounding they started from, which is kept: {', '.join(unchanged)}")
+        if any(layer.quality is None for layer in self.layers):
             lines.append("errors are measured on a sample of rows; `quantloom verify` measures every weight")
         lines.append(f"check it: {self.verify_command}")
         return "\n".join(lines)
@@ -145,11 +167,13 @@ class Report:
 
     def _repr_html_(self) -> str:
         rows = "".join(
-            f"<tr><td>{html.escape(layer.name)}</td><td>{html.escape(layer.format)}</td><td>{layer.error:.5f}</td>"
+            f"<tr><td>{html.escape(layer.name)}</td><td>{html.escape(layer.format)}</td>"
+            f"{''.join(f'<td>{column.of(layer)}</td>' for column in self._columns)}"
             f"<td>{show_size(layer.nbytes_in)}</td><td>{show_size(layer.nbytes_out)}</td></tr>"
             for layer in self.worst
         )
-        head = "<tr><th>layer</th><th>format</th><th>error (sampled)</th><th>before</th><th>after</th></tr>"
+        errors = "".join(f"<th>{column.heading}</th>" for column in self._columns)
+        head = f"<tr><th>layer</th><th>format</th>{errors}<th>before</th><th>after</th></tr>"
         return f"<pre>{html.escape(self.summary())}</pre><table>{head}{rows}</table>"
 
 
@@ -166,7 +190,10 @@ def make_report(plan: Plan, receipts: Sequence[Receipt], seconds: float, distrib
             sum(part.squared_error for part in parts), sum(part.squared_weight for part in parts),
         )  # fmt: skip
         layers.append(
-            LayerReport(whole.name, whole.format, whole.nbytes_in, whole.nbytes_out, whole.error or 0.0, whole.seconds)
+            LayerReport(
+                whole.name, whole.format, whole.nbytes_in, whole.nbytes_out, whole.error or 0.0, whole.seconds,
+                layer.rounding, parts[0].quality,
+            )  # fmt: skip
         )
     index = index_file(plan.shards) if is_single_file(plan.output.path) else None
     return Report(

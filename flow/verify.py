@@ -3,41 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import torch
-
 from ..formats.encoding import Encoding
-from ..formats.errors import UsageError
 from ..formats.fileio import Reader
 from ..formats.layers import Layer, group_layers
-from ..formats.reduce import absmax
-from ..formats.source import Source, open_source
-from ..formats.tensors import TensorRef, torch_dtype
-from ..stages.reading import Decode, Read
-from ..stages.work import Environment, LayerPlan, Work
+from ..formats.source import open_source
+from ..formats.tensors import TensorRef
+from ..stages.quality import Quality
+from ..stages.work import Environment
 from .budget import CPU_CHUNK_BYTES
+from .compare import compare, whole
 from .inspect import describe
+from .origin import Origin
 from .threads import map_layers
-
-ERROR_BOUNDS = {"": 0.01, "fp8": 0.06, "fp8_e5m2": 0.12, "int8": 0.25, "mxfp8": 0.06, "nvfp4": 0.18}
-"""Relative errors that no sound layer reaches; a wrong layout, nibble order or scale gives 0.6 and more.
-
-An INT8 layer with outliers may exceed it, by as much as a step of amax / 127 explains."""
-
-WEIGHT_BOUNDS = {
-    "": (2.0**-7, 2.0**-15), "fp8": (0.13, 2.0**-15), "fp8_e5m2": (0.26, 2.0**-15), "int8": (0.0, 1 / 120),
-    "mxfp8": (0.13, 2.0**-15), "nvfp4": (0.4, 2.0**-12),
-}  # fmt: skip
-"""How far a single weight may be off: a share of itself (NVFP4: of the largest of its block) plus a share of the
-largest weight of the layer. That is a whole step of the format's grid and its smallest step, so that one flipped
-exponent is found among millions of weights."""
-
-
-_RANGE_WEIGHTS = 1 << 18
-"""Weights that are compared at a time: their float32 forms stay in a core's cache."""
+from .verify_quality import measure, open_evidence
 
 
 @dataclass(frozen=True)
@@ -51,6 +32,8 @@ class LayerCheck:
     """Relative Frobenius error over all weights; 0 for one that is equal."""
     problem: str = ""
     """What is broken; empty when it is sound."""
+    quality: Quality | None = None
+    """Its errors beside plain rounding, when statistics were given."""
 
 
 @dataclass(frozen=True)
@@ -93,17 +76,32 @@ class Verification:
         }  # fmt: skip
 
 
-def verify(output: str, against: str | list[str], workers: int | None = None) -> Verification:
+def verify(
+    output: str, against: str | list[str], workers: int | None = None, statistics: str | None = None
+) -> Verification:
     """Compares every layer of ``output`` with ``against``; both may be quantized, in any dialect that is read.
 
-    Raises CheckpointError when a file itself is broken (truncated, bad header).
+    With a store of ``statistics`` the output error of every quantized layer is measured too, and its projected error,
+    each beside plain rounding: then whole matrices are held, one per worker. Raises CheckpointError when a file itself
+    is broken (truncated, bad header), PlanError for statistics that do not fit.
     """
     made, source = open_source(output), open_source(against)
     ours = {layer.name: layer for layer in group_layers(made)}
     theirs = {layer.name: layer for layer in group_layers(source)}
     common = [name for name in theirs if name in ours]
-    checks = map_layers(lambda name, environment: _check(ours[name], theirs[name], environment), common, workers)
-    removed = _removed(made, [name for name in theirs if name not in ours])
+    origin = Origin.of(made)
+    evidence = None if statistics is None else open_evidence(statistics, list(theirs.values()))
+    corrected = {f"{name}.bias" for name in ours if ours[name].encoding} if origin.bias_correction else set()
+    checks = map_layers(
+        lambda name, environment: _bias(ours[name], theirs[name]) if name in corrected
+        else _check(ours[name], theirs[name], origin, environment), common, workers,
+    )  # fmt: skip
+    if evidence is not None:
+        found = map_layers(
+            lambda name, environment: measure(ours[name], theirs[name], evidence, environment), common, workers=1
+        )
+        checks = [replace(check, quality=quality) for check, quality in zip(checks, found, strict=True)]
+    removed = origin.removed([name for name in theirs if name not in ours])
     return Verification(
         output, ", ".join(against) if isinstance(against, list) else against, tuple(checks),
         tuple(name for name in theirs if name not in ours and name not in removed),
@@ -111,21 +109,7 @@ def verify(output: str, against: str | list[str], workers: int | None = None) ->
     )  # fmt: skip
 
 
-def _removed(made: Source, missing: list[str]) -> set[str]:
-    """Of the missing layers, those that the preset named in the output's own recipe drops on purpose."""
-    import json
-
-    from ..stages.presets import find_preset
-
-    try:
-        stages = json.loads(made.metadata["quantloom"])["recipe"]["stages"]
-        name = next(stage["preset"] for stage in stages if stage["stage"] == "target")
-        return set() if name in ("auto", "none") else set(find_preset(name).removed(missing))
-    except (KeyError, ValueError, StopIteration, TypeError, UsageError):
-        return set()
-
-
-def _check(made: Layer, source: Layer, environment: Environment) -> LayerCheck:
+def _check(made: Layer, source: Layer, origin: Origin, environment: Environment) -> LayerCheck:
     form = describe(made) if made.encoding else ""
     if made.problem:
         same = made.problem == source.problem and [t.nbytes for t in made.tensors] == [t.nbytes for t in source.tensors]
@@ -140,8 +124,16 @@ def _check(made: Layer, source: Layer, environment: Environment) -> LayerCheck:
         return LayerCheck(made.name, form, 0.0)
     name = made.encoding.format[0] if made.encoding else ""
     rotation = made.encoding.rotation if made.encoding else None
-    found = _compare(made, source, environment)
-    return LayerCheck(made.name, form, found.error, found.problem(name, rotation))
+    found = compare(made, source, environment)
+    return LayerCheck(made.name, form, found.error, found.problem(name, rotation, origin.feedback))
+
+
+def _bias(made: Layer, source: Layer) -> LayerCheck:
+    """A bias that was corrected: of its source's shape and dtype, and finite."""
+    if made.weight.shape != source.weight.shape or made.weight.dtype != source.weight.dtype:
+        return LayerCheck(made.name, "", math.inf, "a corrected bias of another shape or dtype than its source")
+    finite = bool(whole(made).isfinite().all()) or not whole(source).isfinite().all()
+    return LayerCheck(made.name, "", 0.0, "" if finite else "a corrected bias that is not finite")
 
 
 def _same_storage(made: Encoding, source: Encoding) -> bool:
@@ -164,97 +156,3 @@ def _equal_bytes(ours: TensorRef, theirs: TensorRef) -> bool:
             if pair[0] != pair[1]:
                 return False
     return True
-
-
-@dataclass
-class _Comparison:
-    """Sums over the weights of a layer."""
-
-    difference: float = 0.0
-    """Squared distance from the source."""
-    weight: float = 0.0
-    """Squared weights of the source."""
-    amax: float = 0.0
-    """Largest weight of the source."""
-    numel: int = 0
-    excess: float = -math.inf
-    """Largest distance of one weight, beyond its own share of ``WEIGHT_BOUNDS`` ..."""
-    where: str = ""
-    """... and which one that is."""
-
-    @property
-    def error(self) -> float:
-        """||made - source|| / ||source||; infinite where a decoded weight is not finite."""
-        if not math.isfinite(self.difference):
-            return math.inf
-        if not self.weight:
-            return 0.0 if self.difference == 0 else math.inf
-        return math.sqrt(self.difference / self.weight)
-
-    def problem(self, name: str, rotation: int | None) -> str:
-        """What no sound layer of this format shows; empty when there is nothing."""
-        bound = ERROR_BOUNDS[name]
-        if name == "int8" and self.weight:
-            bound = max(bound, self.amax / 254 * math.sqrt(self.numel / self.weight))
-        if not self.error <= bound:
-            return f"relative error {self.error:.4f} is above {bound:.3g}, which no sound {name or 'copy'} reaches"
-        if self.excess > WEIGHT_BOUNDS[name][1] * (rotation or 1) * self.amax:
-            return f"{self.where}: further off than {name or 'a copy'} can be"
-        return ""
-
-
-def _compare(made: Layer, source: Layer, environment: Environment) -> _Comparison:
-    found, first = _Comparison(numel=source.weight.numel), 0
-    name = made.encoding.format[0] if made.encoding else ""
-    if len(made.weight.shape) != 2:
-        pairs = iter([(_whole(made), _whole(source))])
-    else:
-        rows = max(1, _RANGE_WEIGHTS // made.weight.shape[1])
-        pairs = zip(_rows(made, rows, environment), _rows(source, rows, environment), strict=True)
-    for ours, theirs in pairs:
-        distance, magnitude = (ours - theirs).abs_(), theirs.abs()
-        unit = max(float(magnitude.max()), float(distance.max())) or 1.0
-        found.difference += _sum((distance / unit).square_()) * unit**2  # squares of float32 leave its range
-        found.weight += _sum((magnitude / unit).square_()) * unit**2
-        found.amax = max(found.amax, float(magnitude.max()))
-        share = _block_amax(theirs) if name == "nvfp4" else magnitude
-        distance.sub_(share, alpha=WEIGHT_BOUNDS[name][0])
-        if float(distance.max()) > found.excess:
-            worst = int(distance.argmax())
-            found.excess = float(distance[worst // theirs.shape[1], worst % theirs.shape[1]])
-            values = float(ours.reshape(-1)[worst]), float(theirs.reshape(-1)[worst])
-            place = f"[{first + worst // theirs.shape[1]}, {worst % theirs.shape[1]}]"
-            found.where = f"weight {place} is {values[0]:.6g}, the source has {values[1]:.6g}"
-        first += theirs.shape[0]
-    return found
-
-
-def _sum(x: torch.Tensor) -> float:
-    """Sum in float64 of float32 rows, added up row by row first: several times as fast as float64 throughout."""
-    return float(x.sum(dim=1).sum(dtype=torch.float64))
-
-
-def _block_amax(x: torch.Tensor) -> torch.Tensor:
-    """The largest magnitude of each 16 consecutive weights of a row, in the place of all of them."""
-    rows, columns = x.shape
-    padded = torch.nn.functional.pad(x, (0, -columns % 16)) if columns % 16 else x
-    blocks = absmax(padded.view(rows, -1, 16))
-    return blocks[:, :, None].expand(-1, -1, 16).reshape(rows, -1)[:, :columns]
-
-
-def _rows(layer: Layer, rows: int, environment: Environment) -> Iterator[torch.Tensor]:
-    """Float32 rows of a layer, ``rows`` at a time whatever the storage, so that two layers can be walked together."""
-    environment = replace(environment, chunk_bytes=1)  # a chunk is then ``multiple`` rows
-    plan = LayerPlan(layer, (), ())
-    step = Decode(multiple=rows) if layer.encoding else Read(multiple=rows)
-    for chunk in step.run(Work(plan, (0, plan.rows), environment)).chunks():
-        yield chunk.x.to(torch.float32, copy=True)  # the buffers below are the thread's, and the other layer's too
-
-
-def _whole(layer: Layer) -> torch.Tensor:
-    """A tensor that is no matrix, as one row."""
-    ref = layer.tensors[0]
-    content = bytearray(ref.nbytes)
-    with Reader(ref.path) as reader:
-        reader.read_into(memoryview(content), ref.start)
-    return torch.frombuffer(content, dtype=torch_dtype(ref.dtype)).float()[None]

@@ -55,7 +55,7 @@ class LayerOptions:
     full_precision_matmul: bool = False
     """Ask the client to dequantize and multiply in full precision."""
     input_scale: float | None = None
-    """A static scale for FP8 activations."""
+    """A static scale for FP8 or NVFP4 activations."""
     source_dtype: str = "BF16"
     """safetensors dtype of the original weight."""
 
@@ -119,7 +119,7 @@ def storage(layer: str, shape: tuple[int, int], fmt: Format, options: LayerOptio
     entry = marker(fmt, shape, options)
     constants = [marker_tensor(layer, entry)]
     input_scale = 1.0 if fmt.name == "int8" and fmt.scaling == "block" else options.input_scale
-    if input_scale is not None and (fmt.name.startswith("fp8") or fmt.scaling == "block"):
+    if input_scale is not None and (fmt.name.startswith("fp8") or fmt.name == "nvfp4" or fmt.scaling == "block"):
         constants.append((TensorSpec(f"{layer}.input_scale", "F32", ()), struct.pack("<f", input_scale)))
     whole = TensorSpec(f"{layer}.weight_scale_2", "F32", ()) if fmt.name == "nvfp4" else None
     grouped = fmt.scaling == "group"

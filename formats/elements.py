@@ -56,7 +56,7 @@ class Element:
             return x.round_().to(torch.int8)
         return x.to(torch.float8_e4m3fn if self.dtype == "F8_E4M3" else torch.float8_e5m2)
 
-    def round_(self, x: torch.Tensor) -> torch.Tensor:
+    def round_(self, x: torch.Tensor, spare: torch.Tensor | None = None) -> torch.Tensor:
         """Grid values nearest to float32 ``x`` of either sign, saturating, in place: ties to even.
 
         Half as much again as in ``nearest_`` is added, so that the sum of a negative number stays in the binade where
@@ -65,7 +65,7 @@ class Element:
         x.clamp_(-self.largest, self.largest)
         if self.dtype == "I8":
             return x.round_()
-        binade = self.binade(x)
+        binade = self.binade(x, spare)
         alpha = 1.5 * 2.0 ** (23 - self.mantissa)
         return x.add_(binade, alpha=alpha).sub_(binade, alpha=alpha)
 
@@ -79,9 +79,9 @@ class Element:
         alpha = 2.0 ** (23 - self.mantissa)
         return x.add_(binade, alpha=alpha).sub_(binade, alpha=alpha)
 
-    def binade(self, x: torch.Tensor) -> torch.Tensor:
-        """Per element of ``x`` the power of two in it, at least ``smallest_normal``, in scratch memory."""
-        binade = scratch("binade", x.shape, x.dtype, x.device)
+    def binade(self, x: torch.Tensor, spare: torch.Tensor | None = None) -> torch.Tensor:
+        """Per element of ``x`` the power of two in it, at least ``smallest_normal``, in ``spare`` or scratch memory."""
+        binade = scratch("binade", x.shape, x.dtype, x.device) if spare is None else spare
         torch.bitwise_and(x.view(torch.int32), _EXPONENT, out=binade.view(torch.int32))
         return binade.clamp_(min=self.smallest_normal)
 

@@ -118,6 +118,14 @@ class Format(ABC):
             return per_group[:, None, :, None]
         return per_group[..., None]
 
+    def rows(self, scales: Scales, start: int, stop: int) -> Scales:
+        """The scales of rows ``start`` to ``stop`` (whole tiles) of those that ``scales`` hold."""
+        if self.scaling == "tensor":
+            return scales
+        part = slice(start // self.rows_multiple, -(-stop // self.rows_multiple))
+        inverse = None if scales.inverse is None else scales.inverse[part]
+        return Scales(scales.stored[part], scales.multiplier[part], inverse)
+
     def snap_(self, x: torch.Tensor, scales: Scales) -> torch.Tensor:
         """Replaces weights by the nearest ones that codes under ``scales`` can express, in place.
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from ..formats.errors import UsageError, did_you_mean
+from .stage import build
 
 if TYPE_CHECKING:
     import torch
 
     from ..formats.format import Format, Scales
+    from .quality import Projection
     from .statistics import Moments
 
 
@@ -41,6 +47,10 @@ class Rounded:
 class Solver(Protocol):
     """A method applied to one matrix."""
 
+    @property
+    def projection(self) -> Projection | None:
+        """U^T E V of an error, when the method knows the dominant subspaces of the weight."""
+
     def loss(self, values: torch.Tensor) -> float:
         """The method's own objective for stored weights ``values`` (m, n); comparable within one solver."""
 
@@ -60,3 +70,62 @@ class Method(Protocol):
 
     def memory(self, shape: tuple[int, int]) -> int:
         """Bytes that solver and solution of an (m, n) matrix take at most, beside weight and scales."""
+
+
+@dataclass(frozen=True)
+class RoundingInfo:
+    """One registered rounding."""
+
+    name: str
+    factory: str
+    """``module:class`` of the Method, below this package; empty for a rounding that needs no more than a range of rows
+    (its scales are the scale step's)."""
+    help: str
+    """When to use it."""
+
+
+_ALL = (
+    RoundingInfo("nearest", "", "Scales from the largest weight, codes to nearest. The fastest, and the most common."),
+    RoundingInfo("mse", "",
+                 "Scales of least squared error, codes to nearest. The default: best for outputs without data."),
+    RoundingInfo("learned", "learned:Learned",
+                 "Without data: moves the error out of the weight's dominant subspaces. A proxy for outputs."),
+    RoundingInfo("calibrated", "calibrated:Calibrated",
+                 "With statistics of the layers' inputs: by far the best outputs. The weight error rises, by design."),
+    RoundingInfo("gradient", "gradient:Gradient",
+                 "The objective of other programs by their gradient steps: slower than learned, for comparison."),
+)  # fmt: skip
+
+_INFO = {info.name: info for info in _ALL}
+
+ROUNDINGS = tuple(_INFO)
+
+BY_ROWS = tuple(info.name for info in _ALL if not info.factory)
+"""Roundings that need no more than a range of rows."""
+
+
+def rounding_info(name: str) -> RoundingInfo:
+    """The registered rounding of this name."""
+    return _INFO[name]
+
+
+def method_class(name: str) -> type[Any]:
+    """The class behind the name of a rounding that has one."""
+    module, cls = _INFO[name].factory.split(":")
+    found: type[Any] = getattr(import_module(f".{module}", __package__), cls)
+    return found
+
+
+def make_method(name: str, options: Mapping[str, Any]) -> Method | None:
+    """A method from its name and options; None for a rounding by rows, which has none.
+
+    Raises UsageError for an unknown name, and for options that the method lacks or cannot have.
+    """
+    if name not in ROUNDINGS:
+        raise UsageError(f"unknown rounding {name!r}{did_you_mean(str(name), ROUNDINGS)}")
+    if name in BY_ROWS:
+        if options:
+            raise UsageError(f"rounding {name} has no options; drop {', '.join(options)}, or name another rounding")
+        return None
+    method: Method = build(f"rounding {name}", method_class(name), options)
+    return method

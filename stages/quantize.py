@@ -1,32 +1,30 @@
-"""The quantize stage: which format each targeted layer gets, and the chain of steps that gives it."""
+"""The quantize stage: which format, rounding and statistics each targeted layer gets."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
-from ..formats.comfy import LayerOptions, storage
 from ..formats.errors import PlanError, UsageError, did_you_mean, shown
 from ..formats.format import Format
 from ..formats.registry import make_format
 from ..formats.rotation import is_power_of_four, rotation_group
+from ..formats.tensors import FLOAT_DTYPES, TensorRef
+from .chain import Choice, quantized
+from .evidence import Evidence, check_input_scale, named
 from .keeping import keep
-from .packing import Pack
-from .reading import Decode, Read
-from .rotation import Rotate
-from .rounding import Round
-from .rules import is_scale
-from .scaling import Scale
+from .methods import ROUNDINGS, make_method
 from .stage import Context
-from .work import LayerPlan, Step
-from .writing import Write
+from .work import LayerPlan
 
-ROUNDINGS = ("mse", "nearest")
 NONFINITE = ("refuse", "keep")
-PER_LAYER = ("format", "scaling", "block_size", "rotate", "rounding", "full_precision_matmul", "input_scale")
+KEEP = "keep"
+PER_LAYER = (
+    "format", "scaling", "block_size", "rotate", "rounding", "rounding_options", "full_precision_matmul", "input_scale",
+)  # fmt: skip
 """Options that a rule may set for single layers."""
 
 
@@ -45,85 +43,144 @@ class Quantize:
     rotate: str | None = None
     """``hadamard`` (the largest group that divides) or ``hadamard:256``; INT8 row only."""
     rounding: str = "mse"
-    """``mse``: scales of least squared error; ``nearest``: scales from the largest weight."""
+    """``mse``: scales of least squared error; ``nearest``: scales from the largest weight; ``learned``, ``calibrated``
+    and ``gradient``: methods that look at a whole matrix (docs/ROUNDING.md)."""
+    rounding_options: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """Options of such a method, such as ``{"damping": 0.1}``."""
+    statistics: str | None = None
+    """Statistics of the layers' inputs, as ``quantloom calibrate`` writes them."""
+    without_statistics: str = "mse"
+    """What a layer that the statistics lack gets instead of ``calibrated``: another rounding, or ``keep``."""
+    bias_correction: bool = False
+    """Add (W - W') E[x] to biases; needs statistics."""
     full_precision_matmul: bool = False
     """Mark layers so that the client dequantizes them and multiplies in full precision."""
-    input_scale: float | None = None
-    """A static activation scale to store with FP8 layers."""
+    input_scale: float | str | None = None
+    """A static activation scale to store with FP8 and NVFP4 layers: a number, or from the statistics ``amax`` or a
+    percentile such as ``p99.9``."""
     nonfinite: str = "refuse"
     """What a NaN or Inf weight does: ``refuse`` the conversion, or ``keep`` that layer unquantized."""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.rounding_options, Mapping):
+            raise UsageError(f"rounding_options must map names to values, is {shown(self.rounding_options)}")
         _check_choice("nonfinite", self.nonfinite, NONFINITE)
-        _checked_format({name: getattr(self, name) for name in PER_LAYER})
+        _check_choice("without_statistics", self.without_statistics, (*ROUNDINGS, KEEP))
+        if self.without_statistics == "calibrated":
+            raise UsageError("without_statistics: calibrated needs them itself; name mse, nearest, learned or keep")
+        if self.bias_correction and self.statistics is None:
+            raise UsageError("bias correction needs the mean of each layer's input: name statistics, or drop it")
+        self.checked_format({name: getattr(self, name) for name in PER_LAYER})
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return {**asdict(self), "rounding_options": dict(self.rounding_options)}
+
+    def identity(self) -> dict[str, Any]:
+        """The options as digests and output files have them: statistics by their content, wherever they lie."""
+        values = self.to_dict()
+        if self.statistics is not None:
+            values["statistics"] = Evidence.open(self.statistics).digest
+        return values
 
     def plan(self, layers: Sequence[LayerPlan], context: Context) -> list[LayerPlan]:
-        """Raises PlanError when no layer at all can be quantized; UsageError for a rule's impossible settings."""
-        planned = [layer if layer.settings is None else self._plan_layer(layer, context) for layer in layers]
+        """Raises PlanError when no layer at all can be quantized, or the statistics do not fit the checkpoint;
+        UsageError for a rule's impossible settings."""
+        evidence = None
+        if self.statistics is not None:
+            evidence = Evidence.open(self.statistics)
+            evidence.check(layers)
+        planner = _Planner(self, evidence, context, {plan.layer.name: plan for plan in layers})
+        planned = [plan if plan.settings is None else planner.plan(plan) for plan in layers]
         if not any(layer.format for layer in planned):
             reasons = Counter(layer.reason for layer in planned if layer.reason)
             most = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common(3))
             why = most or "it has no linear layers"
             raise PlanError(f"nothing to quantize to {self.format}: {why}. Change the target, format or block size")
-        return planned
+        planner.announce()
+        return [plan for plan in planned if plan.layer.name not in planner.corrected]
 
-    def _plan_layer(self, plan: LayerPlan, context: Context) -> LayerPlan:
-        assert plan.settings is not None
-        chosen = self._merge(plan.settings.overrides)
-        fmt = _checked_format(chosen)
-        shape = plan.layer.weight.shape
-        barred = plan.settings.barred.get(fmt.name)
-        reason = barred or fmt.refuse((shape[0], shape[1]))
-        if reason:
-            return keep(plan.layer, reason)
-        return _chain(plan, fmt, chosen, context)
-
-    def _merge(self, overrides: Mapping[str, Any]) -> dict[str, Any]:
-        """This stage's options with a layer's own; another format does not inherit scaling, blocks or rotation."""
+    def merged(self, overrides: Mapping[str, Any]) -> dict[str, Any]:
+        """These options with a layer's own; another format does not inherit scaling, blocks or rotation."""
         options = {name: getattr(self, name) for name in PER_LAYER}
         if overrides.get("format", self.format) != self.format:
             options.update(scaling=None, block_size=None, rotate=None, input_scale=None)
         elif overrides.get("scaling", self.scaling) != self.scaling:
             options.update(block_size=None, rotate=None)
+        if overrides.get("rounding", self.rounding) != self.rounding:
+            options.update(rounding_options={})
         return {**options, **overrides}
 
+    def checked_format(self, options: Mapping[str, Any]) -> Format:
+        """The format of a layer's options; UsageError for one that is unknown or that would have no effect."""
+        fmt = make_format(options["format"], options["scaling"], options["block_size"])
+        method = make_method(options["rounding"], options["rounding_options"])
+        if method is not None and method.needs_moments and self.statistics is None:
+            raise UsageError(
+                f"rounding {method.name} needs statistics of the layers' inputs: make them with `quantloom "
+                "calibrate MODEL --random-tokens --out stats.zarr` and name them with --statistics stats.zarr"
+            )
+        _check_rotation(options["rotate"], fmt)
+        check_input_scale(options["input_scale"], fmt, self.statistics)
+        return fmt
 
-def _checked_format(options: Mapping[str, Any]) -> Format:
-    """The format of these options; UsageError for one that is unknown or that would have no effect."""
-    fmt = make_format(options["format"], options["scaling"], options["block_size"])
-    _check_choice("rounding", options["rounding"], ROUNDINGS)
-    _check_rotation(options["rotate"], fmt)
-    scale = options["input_scale"]
-    if scale is not None and not is_scale(scale):
-        raise UsageError(f"input scale {shown(scale)} must be a positive number that float32 holds")
-    if scale is not None and not fmt.name.startswith("fp8"):
-        raise UsageError(f"an input scale belongs to FP8 layers, not to {fmt.name}; drop it")
-    return fmt
 
+class _Planner:
+    """One pass over the layers."""
 
-def _chain(plan: LayerPlan, fmt: Format, chosen: Mapping[str, Any], context: Context) -> LayerPlan:
-    layer, (rows, columns) = plan.layer, plan.layer.weight.shape
-    group = _rotation(chosen["rotate"], columns)
-    if chosen["rotate"] and group is None:
-        context.notes.append(f"{layer.name}: not rotated, no group of {chosen['rotate']} divides its {columns} columns")
-    options = LayerOptions(group, chosen["full_precision_matmul"], chosen["input_scale"], layer.weight.dtype)
-    stored = storage(layer.name, (rows, columns), fmt, options)
-    arguments = (fmt.name, fmt.scaling, fmt.block_size)
-    first: Step = Read(fmt.rows_multiple) if layer.encoding is None else Decode(fmt.rows_multiple)
-    steps: list[Step] = [first]
-    if group:
-        steps.append(Rotate(group))
-    steps += [Scale(arguments, chosen["rounding"] == "mse"), Round(arguments), Pack(arguments, stored), Write()]
-    words = [fmt.name, *([] if fmt.scaling == "group" else [fmt.scaling])]
-    if fmt.scaling == "block":
-        words.append(str(fmt.block_size))
-    return replace(
-        plan, steps=tuple(steps), outputs=stored.specs, constants=stored.constants, entry=dict(stored.marker),
-        format=" ".join(words) + (f" rotated {group}" if group else ""), reason="", settings=None,
-    )  # fmt: skip
+    def __init__(
+        self, stage: Quantize, evidence: Evidence | None, context: Context, layers: Mapping[str, LayerPlan]
+    ) -> None:
+        self.stage, self.evidence, self.context, self.layers = stage, evidence, context, layers
+        self.corrected: set[str] = set()
+        """Biases that are written with their weights."""
+        self.missing: list[str] = []
+        """Layers without statistics."""
+
+    def plan(self, plan: LayerPlan) -> LayerPlan:
+        """The chain of a targeted layer, or why it is kept."""
+        assert plan.settings is not None
+        chosen, name = self.stage.merged(plan.settings.overrides), plan.layer.name
+        fmt = self.stage.checked_format(chosen)
+        rows, columns = plan.layer.weight.shape
+        reason = plan.settings.barred.get(fmt.name) or fmt.refuse((rows, columns))
+        if self.evidence is not None and name not in self.evidence:
+            self.missing.append(name)
+            if chosen["rounding"] == "calibrated":
+                reason = reason or ("no statistics of its inputs" if self.stage.without_statistics == KEEP else None)
+                chosen.update(rounding=self.stage.without_statistics, rounding_options={})
+        return keep(plan.layer, reason) if reason else quantized(plan, self._choice(plan, fmt, chosen))
+
+    def _choice(self, plan: LayerPlan, fmt: Format, chosen: Mapping[str, Any]) -> Choice:
+        name, columns, rotate = plan.layer.name, plan.layer.weight.shape[1], chosen["rotate"]
+        rotation = _rotation(rotate, columns)
+        if rotate and rotation is None:
+            self.context.notes.append(f"{name}: not rotated, no group of {rotate} divides its {columns} columns")
+        bias, inputs, scale = None, None, chosen["input_scale"]
+        if self.evidence is not None:
+            bias = self._bias(plan) if self.stage.bias_correction and name in self.evidence else None
+            inputs = self.evidence.inputs(name, rotation, centred=bias is not None)
+            scale = self.evidence.input_scale(name, scale, fmt)
+        return Choice(
+            fmt, chosen["rounding"], chosen["rounding_options"], rotation, chosen["full_precision_matmul"], scale,
+            inputs, bias,
+        )  # fmt: skip
+
+    def _bias(self, plan: LayerPlan) -> TensorRef | None:
+        """The layer's bias, when it has one to correct."""
+        bias = self.layers.get(f"{plan.layer.name}.bias")
+        if bias is None or bias.layer.weight.shape != plan.layer.weight.shape[:1] or bias.layer.encoding is not None:
+            return None
+        if bias.layer.weight.dtype not in FLOAT_DTYPES:
+            return None
+        self.corrected.add(bias.layer.name)
+        return bias.layer.tensors[0]
+
+    def announce(self) -> None:
+        """Says which layers had to do without statistics."""
+        if self.missing:
+            other = "kept" if self.stage.without_statistics == KEEP else f"rounded by {self.stage.without_statistics}"
+            what = f"{other} instead of calibrated" if self.stage.rounding == "calibrated" else "without them"
+            self.context.notes.append(f"no statistics for {len(self.missing)} layers, {what}: {named(self.missing)}")
 
 
 def _check_choice(option: str, value: str, known: tuple[str, ...]) -> None:

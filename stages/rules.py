@@ -29,6 +29,7 @@ _TYPES: dict[str, tuple[type, str]] = {
     "block_size": (int, "a whole number above 0"),
     "rotate": (str, "a rotation such as 'hadamard:256'"),
     "rounding": (str, "a rounding such as 'mse'"),
+    "rounding_options": (dict, "options of the rounding, such as {'damping': 0.1}"),
     "full_precision_matmul": (bool, "true or false"),
     "input_scale": (float, "a number such as 1.0"),
     "heuristics": (bool, "true or false"),
@@ -43,8 +44,8 @@ class Rule:
 
     pattern: str
     settings: Mapping[str, object] = field(hash=False)
-    """Some of format, scaling, block_size, rotate, rounding, full_precision_matmul, input_scale,
-    heuristics (whether the layer stays when it is small or elongated), skip."""
+    """Some of format, scaling, block_size, rotate, rounding, rounding_options, full_precision_matmul,
+    input_scale, heuristics (whether the layer stays when it is small or elongated), skip."""
     order: int = 0
     """Place in the file; the first wins a tie."""
 

@@ -41,6 +41,9 @@ class Stage(Protocol):
     def to_dict(self) -> dict[str, Any]:
         """Options as JSON values."""
 
+    def identity(self) -> dict[str, Any]:
+        """Options as JSON values that mean the same on every machine: equal ones give equal bytes."""
+
 
 def stage_class(verb: str) -> type[Any]:
     """The class behind a verb; UsageError with near verbs otherwise."""
@@ -53,17 +56,21 @@ def stage_class(verb: str) -> type[Any]:
 
 def make_stage(verb: str, options: Mapping[str, Any]) -> Stage:
     """A stage from its verb and options, as recipes hold them; UsageError for options that it cannot have."""
-    cls = stage_class(verb)
+    stage: Stage = build(verb, stage_class(verb), options)
+    return stage
+
+
+def build(what: str, cls: type[Any], options: Mapping[str, Any]) -> Any:
+    """A frozen dataclass from JSON options; UsageError for options that it lacks, needs, or cannot have."""
     known = [item.name for item in fields(cls)]
     for name in options:
         if name not in known:
-            raise UsageError(f"{verb} has no option {shown(name)}{did_you_mean(str(name), known)}")
+            raise UsageError(f"{what} has no option {shown(name)}{did_you_mean(str(name), known)}")
     for item in fields(cls):
         if item.default is MISSING and item.default_factory is MISSING and item.name not in options:
-            raise UsageError(f"{verb} needs {item.name}")
-    check_types(verb, cls, options)
-    stage: Stage = cls(**options)
-    return stage
+            raise UsageError(f"{what} needs {item.name}")
+    check_types(what, cls, options)
+    return cls(**options)
 
 
 _WORDS: dict[object, str] = {str: "a string", int: "a whole number", float: "a number", bool: "true or false"}

@@ -33,6 +33,10 @@ class Target(Targeting):
         object.__setattr__(self, "rules", _rules(self.rules))
         super().__post_init__()
 
+    def identity(self) -> dict[str, Any]:
+        """The options: none depends on the machine."""
+        return self.to_dict()
+
     def plan(self, layers: Sequence[LayerPlan], context: Context) -> list[LayerPlan]:
         """Raises UsageError for a pattern that is broken or matches nothing."""
         candidates = {

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ..formats.format import Scales
     from ..formats.layers import Layer
     from ..formats.tensors import Slot, TensorSpec
+    from .quality import Quality
 
 
 class Cancelled(QuantloomError):
@@ -91,6 +92,8 @@ class LayerPlan:
     """Tensors that are written for it."""
     format: str = ""
     """What it becomes, in words: ``nvfp4``, ``fp8 row``; empty when it is kept."""
+    rounding: str = ""
+    """How a quantized layer is rounded."""
     reason: str = ""
     """Why it is kept."""
     constants: tuple[tuple[TensorSpec, bytes], ...] = ()
@@ -103,6 +106,8 @@ class LayerPlan:
     """Places of ``outputs``, once the shards are laid out."""
     parts: tuple[tuple[int, int], ...] = ()
     """Row ranges that run as tasks of their own; empty: one task."""
+    affinity: str = ""
+    """Layers of equal affinity run in one task, one after the other: they share what is costly to load."""
 
     @property
     def rows(self) -> int:
@@ -133,6 +138,10 @@ class Work:
     squared_error: float = 0.0
     squared_weight: float = 0.0
     """Sums over the sampled rows, in float64."""
+    quality: Quality | None = None
+    """What a rounding method brought."""
+    projection: torch.Tensor | None = None
+    """Float32 (rows of the layer,): original weights times the mean input, where the bias is corrected."""
     started: float = 0.0
     """Clock (seconds) when the first step began."""
 
@@ -155,6 +164,8 @@ class Receipt:
     squared_weight: float = 0.0
     first: bool = True
     """Whether this is the layer's first (or only) row range."""
+    quality: Quality | None = None
+    """What a rounding method brought."""
 
     @property
     def error(self) -> float | None:

@@ -18,8 +18,8 @@ MOST_LINES = 260
 MOST_PARAMETERS = 7
 KNOWN_THIRD_PARTIES = {
     "formats": {"torch", "numpy"},
-    "stages": {"torch", "yaml"},
-    "flow": {"torch", "dask", "distributed", "psutil", "click", "rich", "filelock"},
+    "stages": {"torch", "yaml", "zarr"},
+    "flow": {"torch", "dask", "distributed", "psutil", "click", "rich", "filelock", "transformers", "diffusers"},
 }
 
 
@@ -109,7 +109,7 @@ def test_no_error_is_swallowed_whole(path: Path) -> None:
 def test_the_public_names() -> None:
     import quantloom
 
-    assert set(quantloom.__all__) == {"Flow", "Pipeline", "QuantloomError", "Recipe", "__version__"}
+    assert set(quantloom.__all__) == {"Flow", "Pipeline", "QuantloomError", "Recipe", "__version__", "calibrate"}
     assert all(hasattr(quantloom, name) for name in quantloom.__all__)
 
 

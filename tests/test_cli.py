@@ -85,7 +85,7 @@ def test_the_options_that_are_promised() -> None:
         (["convert", "{in}", "{out}", "--fromat", "fp8"], "--format"),
         (["convert", "{in}", "{out}", "--format", "fp9"], "unknown format 'fp9'; did you mean 'fp8'"),
         (["convert", "{in}", "{out}", "--format", "fp8", "--scaling", "rwo"], "did you mean 'row'?"),
-        (["convert", "{in}", "{out}", "--format", "fp8", "--rounding", "neares"], "did you mean 'nearest'?"),
+        (["convert", "{in}", "{out}", "--format", "fp8", "--rounding", "neares"], "did you mean 'nearest'"),
         (["convert", "{in}", "{out}", "--format", "fp8", "--preset", "flux3"], "unknown preset 'flux3'; did you mean"),
         (["convert", "{in}", "{out}", "--format", "fp8", "--fallback", "int9"], "unknown format 'int9'"),
         (["convert", "{in}", "{out}", "--format", "fp8", "--include", "["], "include"),
@@ -280,7 +280,7 @@ def test_a_plan_for_people(cli: Cli, checkpoint: Path) -> None:
     assert "fp8 block 128" in done.out
     assert "kept: block size 128 does not divide 100 x 72" in done.out
     assert "384x128" in done.out
-    assert re.search(r"quantize +6 layers to fp8 block 128: 589.82 kB -> 229.77 kB", done.out), done.out
+    assert re.search(r"quantize +6 layers to fp8 block 128, rounding mse: 589.82 kB -> 229.77 kB", done.out), done.out
     assert re.search(r"keep +1 tensor: embedding table", done.out)
     assert "estimate" in done.out
     assert re.search(r"memory   at most [\d.]+ MB \(.* for the process, \d+ x .* for tasks\); budget 2.00 GB", done.out)

@@ -267,7 +267,7 @@ def test_sizes_in_a_recipe_may_be_words() -> None:
         ({"stages": [{"stage": "quantise", "format": "fp8"}]}, "unknown stage 'quantise'; did you mean 'quantize'?"),
         ({"stages": [{"stage": "quantize"}]}, "quantize needs format"),
         ({"stages": [{"stage": "quantize", "format": ["fp8"]}]}, "format must be a string"),
-        ({"stages": [{"stage": "quantize", "format": "fp8", "roundin": "mse"}]}, "did you mean 'rounding'?"),
+        ({"stages": [{"stage": "quantize", "format": "fp8", "roundin": "mse"}]}, "did you mean 'rounding'"),
         ({"output": {"path": "x", "shards": 5}}, "output has no entry 'shards'"),
         ({"output": {}}, "path"),
         ({"output": 3}, "output must be an object"),

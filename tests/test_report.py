@@ -61,8 +61,8 @@ def test_json(report: Report) -> None:
     value = json.loads(report.to_json())
     assert value == report.to_dict()
     words = "source output bytes_in bytes_out ratio seconds peak_memory_bytes layers kept notes warnings verify"
-    assert set(value) == {*words.split(), "distributed", "error_sampled"}
-    assert value["error_sampled"] is True
+    assert set(value) == {*words.split(), "distributed"}
+    assert all(layer["error_sampled"] is True and layer["rounding"] == "mse" for layer in value["layers"])
     assert value["distributed"] is False
     layer = value["layers"][0]
     assert set(layer) == {"name", "format", "bytes_in", "bytes_out", "error", "seconds"}

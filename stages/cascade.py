@@ -1,0 +1,90 @@
+"""Rounding a block of columns one after another, each rounding moving the targets of the columns after it.
+
+Both error feedback and coordinate descent are this cascade, with other targets and couplings; it is all that happens
+column by column, so a GPU kernel that does the same replaces one function. Rows do not interact.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..formats.elements import Element
+from ..formats.reduce import tree_sum_
+from .scale_search import Scaling
+
+WIDTH = 128
+"""Columns in a block: what lies between blocks are matrix products."""
+
+_STRIP = 16
+"""Columns between which targets are moved one by one; from strip to strip by matrix products."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Scales that are chosen when their group is reached: the group is rounded under every candidate."""
+
+    ratios: tuple[float, ...]
+    """Candidates: peaks, as shares of the largest target of the group."""
+    cost: torch.Tensor
+    """Float32 (b,): what a squared distance from the target costs in each column."""
+
+
+def cascade_(target: torch.Tensor, origin: torch.Tensor, coupling: torch.Tensor, scaling: Scaling,
+             peak: torch.Tensor, choice: Choice | None = None) -> torch.Tensor:  # fmt: skip
+    """Rounds ``target`` (b, r) in place, and gives the moves (b, r): what was rounded to, less ``origin`` (b, r).
+
+    Column j is rounded to the grid value nearest to target_j - sum_{i<j} coupling_ji move_i; ``coupling`` (b, b) is
+    read below its diagonal. ``peak`` (groups, r) holds the scales of the block's columns, groups of equal width, and
+    with a ``choice`` receives the scales that were chosen. All tensors are float32.
+    """
+    moves = torch.empty_like(target)
+    group = target.shape[0] // peak.shape[0]
+    strip = group if choice else min(_STRIP, group)
+    for start in range(0, target.shape[0], strip):
+        part = slice(start, start + strip)
+        if start:
+            target[part].addmm_(coupling[part, :start], moves[:start], alpha=-1)
+        index = start // group
+        if choice:
+            here = Choice(choice.ratios, choice.cost[part])
+            _choose_(target[part], origin[part], coupling[part, part], scaling, peak[index], here)
+        else:
+            inverse, multiplier = scaling.steps(peak[index])
+            aims = target[part].mul_(inverse)
+            _columns_(aims, origin[part] * inverse, coupling[part, part], scaling.format.element)
+            aims.mul_(multiplier)
+        torch.sub(target[part], origin[part], out=moves[part])
+    return moves
+
+
+def _columns_(x: torch.Tensor, origin: torch.Tensor, coupling: torch.Tensor, element: Element,
+              aims: torch.Tensor | None = None) -> None:  # fmt: skip
+    """The cascade in a strip (b, r), in units of its scales; ``aims`` (b, r) receives what was rounded."""
+    moves = torch.zeros_like(x)
+    turned, spare = moves.T, torch.empty_like(x[0])
+    columns = zip(x.unbind(), origin.unbind(), moves.unbind(), coupling.unbind(), strict=True)
+    for j, (column, start, move, pulls) in enumerate(columns):
+        column.addmv_(turned, pulls, alpha=-1)  # moves from here on are 0
+        if aims is not None:
+            aims[j] = column
+        element.round_(column, spare)
+        torch.sub(column, start, out=move)
+
+
+def _choose_(target: torch.Tensor, origin: torch.Tensor, coupling: torch.Tensor, scaling: Scaling,
+             peak: torch.Tensor, choice: Choice) -> None:  # fmt: skip
+    """The cascade in one group (g, r) under every candidate scale, of which the cheapest is kept."""
+    ratios = torch.tensor(choice.ratios, device=target.device)[:, None]
+    peaks = target.abs().amax(0) * ratios
+    inverse, multiplier = scaling.steps(peaks)
+    x = target[:, None] * inverse
+    aims, flat = torch.empty_like(x), (x.shape[0], -1)
+    _columns_(x.view(flat), (origin[:, None] * inverse).view(flat), coupling, scaling.format.element, aims.view(flat))
+    costs = aims.sub_(x).square_().mul_(choice.cost[:, None, None])
+    total = tree_sum_(costs.permute(1, 2, 0)).mul_(multiplier).mul_(multiplier)
+    best = torch.where(multiplier > 0, total, torch.inf).argmin(0, keepdim=True)
+    peak.copy_(peaks.gather(0, best)[0])
+    chosen = x.gather(1, best[None].expand(x.shape[0], -1, -1))[:, 0]
+    target.copy_(chosen.mul_(multiplier.gather(0, best)))

@@ -1,0 +1,89 @@
+"""What statistics of inputs give to the layers of a plan: moments and activation scales; and whether they fit."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from ..formats.elements import E4M3
+from ..formats.errors import PlanError, UsageError, shown
+from ..formats.format import TINY, Format
+from .inputs import Inputs, opened
+from .rules import is_scale
+from .statistics import Statistics
+from .work import LayerPlan
+
+_NAMED = 12
+"""So many names stand in one message."""
+
+
+class Evidence:
+    """An opened store beside the layers of one checkpoint."""
+
+    def __init__(self, statistics: Statistics) -> None:
+        self.statistics = statistics
+
+    @classmethod
+    def open(cls, path: str) -> Evidence:
+        """Raises what ``Statistics.open`` raises."""
+        return cls(opened(path))
+
+    @property
+    def digest(self) -> str:
+        """Tells stores of different content apart."""
+        return self.statistics.digest
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.statistics
+
+    def check(self, layers: Sequence[LayerPlan]) -> None:
+        """PlanError with the list of what does not fit: unknown names, other widths, no tokens."""
+        shapes = {
+            plan.layer.name: (plan.layer.weight.shape[0], plan.layer.weight.shape[1])
+            for plan in layers if len(plan.layer.weight.shape) == 2
+        }  # fmt: skip
+        problems = self.statistics.check(shapes)
+        if problems:
+            raise PlanError(
+                f"{self.statistics.path}: these statistics do not fit the checkpoint: {named(problems, '; ')}. "
+                "Make them from this model with `quantloom calibrate`"
+            )
+
+    def inputs(self, name: str, rotation: int | None, centred: bool) -> Inputs | None:
+        """The statistics of a layer as its steps use them, or None without any."""
+        if name not in self.statistics:
+            return None
+        return Inputs(self.statistics.path, name, self.statistics.input_of(name), rotation, centred)
+
+    def input_scale(self, name: str, wanted: float | str | None, fmt: Format) -> float | None:
+        """The activation scale that brings the layer's largest input, or a percentile of it, onto the largest code."""
+        if not isinstance(wanted, str):
+            return wanted
+        if name not in self.statistics:
+            return None
+        statistics = self.statistics
+        amax = statistics.amax(name) if wanted == "amax" else statistics.percentile(name, float(wanted[1:]) / 100)
+        largest = fmt.element.largest * (E4M3.largest if fmt.name == "nvfp4" else 1.0)
+        return max(amax, TINY) / largest
+
+
+def check_input_scale(value: float | str | None, fmt: Format, statistics: str | None) -> None:
+    """UsageError for an activation scale that is none, or that nothing reads."""
+    if value is None:
+        return
+    if fmt.name not in ("fp8", "fp8_e5m2", "nvfp4"):
+        raise UsageError(f"an input scale belongs to FP8 and NVFP4 layers, not to {fmt.name}; drop it")
+    if isinstance(value, str) and (value == "amax" or re.fullmatch(r"p[0-9]{1,2}(\.[0-9]+)?|p100", value)):
+        if statistics is None:
+            raise UsageError(f"input scale {value!r} comes from statistics: name them, or give a number")
+        return
+    if isinstance(value, str) or not is_scale(value):
+        raise UsageError(
+            f"input scale {shown(value)} must be a positive number that float32 holds, amax, or a percentile like p99.9"
+        )
+
+
+def named(names: Sequence[str], between: str = ", ") -> str:
+    """The first of many names, and how many follow."""
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return between.join(names[:_NAMED]) + more

@@ -1,0 +1,99 @@
+"""The step of methods that see a whole matrix: gathers the stream, rounds, measures, and streams on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from ..formats.format import Format, Scales
+from ..formats.registry import make_format
+from .inputs import Inputs
+from .methods import Method, Problem, Rounded
+from .quality import Measure, Quality, row_ranges
+from .work import Chunk, Environment, LayerPlan, Work
+
+
+@dataclass(frozen=True)
+class Solve:
+    """Rounds one whole weight matrix by a method. The result is never worse than its start by the method's objective,
+    measured on what is stored: otherwise the start is kept."""
+
+    format: tuple[str, str, int | None]
+    """Arguments of ``make_format``."""
+    method: Method
+    inputs: Inputs | None = None
+    """Statistics of the layer's inputs."""
+
+    @property
+    def name(self) -> str:
+        """The method's."""
+        return self.method.name
+
+    def run(self, work: Work) -> Work:
+        fmt = make_format(*self.format)
+        upstream = work.stream
+        assert upstream is not None
+
+        def stream(start: int, stop: int) -> Iterator[Chunk]:
+            columns = fmt.columns(work.plan.layer.weight.shape[1])
+            weight, scales = _gather(upstream(start, stop), (stop - start, columns), fmt)
+            moments = None if self.inputs is None else self.inputs.moments(columns, weight.device)
+            whole = None if work.whole is None else torch.tensor(work.whole, device=weight.device)
+            problem = Problem(work.plan.layer.name, weight, fmt, scales, whole, moments)
+            rounded, work.quality = solve(self.method, problem)
+            work.squared_error, work.squared_weight = work.quality.stored.weight**2, 1.0
+            for rows in row_ranges(weight, fmt.rows_multiple):
+                part = fmt.rows(rounded.scales, rows.start, rows.stop)
+                x = rounded.values[rows]
+                yield Chunk(start + rows.start, x, part, fmt.encode_(x, part))
+
+        work.stream = stream
+        return work
+
+    def memory(self, plan: LayerPlan, environment: Environment) -> int:
+        """Weight, start and result, scales, what the method takes, and the statistics twice while they are turned."""
+        fmt = make_format(*self.format)
+        rows, columns = plan.layer.weight.shape[0], fmt.columns(plan.layer.weight.shape[1])
+        groups = math.prod(fmt.scale_shape((rows, columns)))
+        statistics = 8 * columns**2 if self.inputs else 0
+        return 12 * rows * columns + 24 * groups + self.method.memory((rows, columns)) + statistics
+
+
+def solve(method: Method, problem: Problem) -> tuple[Rounded, Quality]:
+    """What the method finds, or its start where that is no worse, and how good it is."""
+    solver = method.solver(problem)
+    start = problem.format.snap_(problem.weight.clone(), problem.scales)
+    found = solver.solve(start)
+    kept = not solver.loss(found.values) <= solver.loss(start)  # NaN is no improvement
+    if kept:
+        found = Rounded(start, problem.scales)
+    measure = Measure(problem.weight, problem.moments, solver.projection)
+    return found, Quality(measure.errors(found.values), measure.nearest(problem.format), kept)
+
+
+def _gather(chunks: Iterator[Chunk], shape: tuple[int, int], fmt: Format) -> tuple[torch.Tensor, Scales]:
+    """The float32 matrix and its scales."""
+    weight: torch.Tensor | None = None
+    found: list[Scales] = []
+    first = 0
+    for chunk in chunks:
+        assert chunk.scales is not None
+        if weight is None:
+            weight = torch.empty(shape, dtype=torch.float32, device=chunk.x.device)
+        weight[first : first + chunk.x.shape[0]] = chunk.x
+        first += chunk.x.shape[0]
+        found.append(chunk.scales)
+    assert weight is not None
+    return weight, found[0] if fmt.scaling == "tensor" else _joined(found)
+
+
+def _joined(parts: list[Scales]) -> Scales:
+    """Scales of neighbouring rows as one."""
+    inverses = [part.inverse for part in parts if part.inverse is not None]
+    return Scales(
+        torch.cat([part.stored for part in parts]), torch.cat([part.multiplier for part in parts]),
+        torch.cat(inverses) if inverses else None,
+    )  # fmt: skip

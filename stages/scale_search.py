@@ -1,0 +1,89 @@
+"""Scales for weights whose errors count differently: a format's candidates, tried one after another.
+
+Weights lie on their side here, as error feedback wants them: (n, r), one row of the matrix in each column. A scale is
+spoken of by its peak, the magnitude that the largest code stands for: ``peak`` (G, r) belongs to G = n / g groups of g
+consecutive columns (row and tensor scaling: one group), and where rows share scales, they hold equal peaks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..formats.format import Format, Scales, Stats
+from ..formats.reduce import tree_sum_
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """How a format scales the columns of one problem."""
+
+    format: Format
+    whole: torch.Tensor | None
+    """What all rows share, for NVFP4; tensor scaling has a peak instead."""
+
+    @property
+    def grouped(self) -> int:
+        """Columns that are kept together, because they share a scale that others do not: 1 for row and tensor."""
+        return self.format.block_size or 1
+
+    @property
+    def local(self) -> bool:
+        """Whether scales belong to a group of one row, so that each can be chosen when its group is reached."""
+        return self.format.scaling == "group"
+
+    def scales(self, peak: torch.Tensor) -> Scales:
+        """Scales of the same shape as ``peak``, element by element."""
+        whole = self.whole
+        if self.format.scaling == "tensor":
+            whole = self.format.whole(Stats(peak, peak.flatten()[:0]), False)
+        return self.format.scales(peak, whole)
+
+    def steps(self, peak: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a weight is multiplied by, and what its code is, as in ``Format.snap_``."""
+        multiplier = self.scales(peak).multiplier
+        return torch.where(multiplier > 0, multiplier.reciprocal(), 0.0), multiplier
+
+    def groups(self, x: torch.Tensor) -> torch.Tensor:
+        """A view (G, g, r) of contiguous ``x`` (n, r)."""
+        return x.view(-1, self.format.block_size or x.shape[0], x.shape[1])
+
+    def share(self, x: torch.Tensor, by_sum: bool) -> torch.Tensor:
+        """(G, r) sums or maxima over the rows that share a scale, given to each of them. Destroys ``x``."""
+        if self.format.scaling in ("row", "group"):
+            return x
+        size = self.format.block_size if self.format.scaling == "block" else None
+        tiles = x.view(x.shape[0], -1, size or x.shape[1])
+        shared = tree_sum_(tiles) if by_sum else tiles.amax(-1)
+        return shared[..., None].expand(-1, -1, tiles.shape[2]).reshape(x.shape)
+
+    def amax(self, x: torch.Tensor) -> torch.Tensor:
+        """(G, r) largest magnitudes of (n, r) weights."""
+        return self.share(self.groups(x).abs().amax(1), by_sum=False)
+
+    def errors(self, x: torch.Tensor, peak: torch.Tensor, importance: torch.Tensor) -> torch.Tensor:
+        """(G, r) squared errors of (n, r) weights rounded under ``peak``, times the ``importance`` (n,) of columns."""
+        inverse, multiplier = self.steps(peak)
+        groups = self.groups(x)
+        rounded = groups * inverse[:, None]
+        self.format.element.round_(rounded)
+        rounded.mul_(multiplier[:, None]).sub_(groups).square_().mul_(self.groups(importance[:, None]))
+        return tree_sum_(rounded.transpose(1, 2))
+
+    def search(self, x: torch.Tensor, importance: torch.Tensor, ratios: tuple[float, ...]) -> torch.Tensor:
+        """(G, r) peaks, among ``ratios`` of the largest magnitudes, of the least weighted error; the first of equals.
+
+        With tensor scaling all rows must be in ``x``.
+        """
+        amax = self.amax(x)
+        best = amax * ratios[0]
+        if len(ratios) == 1:
+            return best
+        least = self.share(self.errors(x, best, importance), by_sum=True)
+        for ratio in ratios[1:]:
+            peak = amax * ratio
+            error = self.share(self.errors(x, peak, importance), by_sum=True)
+            better = error < least
+            best, least = torch.where(better, peak, best), torch.where(better, error, least)
+        return best
