@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, TypedDict
 from ..formats.errors import PlanError, UsageError
 from .batches import Run, call_model, check_batches, evaluating
 from .calibration_run import CalibrationRun, Progress, Silent
-from .commit import hold
 from .sizes import count, parse_size
 
 if TYPE_CHECKING:
@@ -78,6 +77,7 @@ def calibrate(
     """
     from ..stages.collect import linear_layers
     from ..stages.statistics import Statistics
+    from .commit import hold
     from .key_names import named_layers
 
     began = time.perf_counter()
@@ -102,8 +102,6 @@ def calibrate(
         finally:
             watcher.stop()
     statistics = Statistics.open(root)
-    if not statistics.names:
-        raise UsageError(f"{type(model).__name__} called none of its {len(layers)} linear layers")
     if statistics.unseen:
         more.append(f"{count(len(statistics.unseen), 'layer')} never called: {', '.join(statistics.unseen[:8])}")
     return Calibration(statistics, len(passes), time.perf_counter() - began, (*notes, *more))

@@ -44,7 +44,8 @@ def calibrate_folder(folder: str, data: Data, device: str, out: str, **options: 
     _check_device(device)
     load = _diffusion if "_class_name" in config else _language
     model, batches, notes, label = load(root, config, data, device)
-    made = calibrate(model, batches, out, **{**options, "checkpoint": root, "label": f"{root.name}, {label}"})
+    settings: Options = {**options, "checkpoint": root, "label": f"{root.absolute().name}, {label}"}
+    made = calibrate(model, batches, out, **settings)
     return replace(made, notes=(*notes, *made.notes))
 
 
@@ -62,7 +63,7 @@ def calibrate_norms(folder: str, out: str) -> Calibration:
     priors, transposed = norm_priors(source)
     run = hashlib.sha256(f"norms {source.fingerprint}".encode()).hexdigest()
     names = frozenset(name for group, _ in priors for name in group) if transposed else frozenset()
-    write_store(root, priors, {run: f"{Path(folder).name}, weights of its norms"}, names)
+    write_store(root, priors, {run: f"{Path(folder).absolute().name}, weights of its norms"}, names)
     return Calibration(Statistics.open(root), 0, time.perf_counter() - began, ())
 
 

@@ -29,8 +29,8 @@ class CalibrationDisplay:
         if not passes:
             return
         over = "one pass" if passes == 1 else f"{passes} passes"
-        words = f"{count(inputs, 'input')} of linear layers, {over} over {batches} batches"
-        self.console.print(f"calibrating {words}")
+        words = "1 batch" if batches == 1 else f"{batches} batches"
+        self.console.print(f"calibrating {count(inputs, 'input')} of linear layers, {over} over {words}")
         if self.console.is_terminal:
             from rich import progress
 

@@ -55,32 +55,34 @@ class CalibrationRun:
         sharing = Sharing()
         with listening(self.layers, sharing):
             self.call(self.model, next(iter(self.source)))
+        if not sharing.calls:
+            raise UsageError(f"{type(self.model).__name__} called none of its {len(self.layers)} linear layers")
         return sharing.groups(list(self.layers), share)
 
     def begin(
         self, root: Path, groups: list[list[str]], kept: tuple[int, bool], label: str
     ) -> tuple[Table, list[str]]:
-        """The store's table with this run in it, and notes; a store that is not there is made.
+        """The store's table with this run in it, and notes. Nothing is written: a run begins with its first full pass.
 
         ``kept``: bytes that one H may take, and whether diagonals are enough. A store that exists keeps what it keeps.
         """
-        from ..stages.statistics_store import create_store
-        from ..stages.statistics_table import read_table, write_table
+        from ..stages.statistics_store import check_free, is_store
+        from ..stages.statistics_table import read_table
 
-        runs = {self.fingerprint: label or f"{type(self.model).__name__}, {self.batches} batches"}
-        if not (root / "zarr.json").is_file():
+        notes: list[str] = []
+        if is_store(root):
+            table = read_table(root)
+            self._check(root, table, groups)
+        else:
+            check_free(root)
             table, notes = self._new_table(groups, *kept)
-            table = replace(table, runs=runs)
-            create_store(root, table)
-            return table, notes
-        table = read_table(root)
-        self._check(root, table, groups)
-        if self.fingerprint not in table.runs:
-            table = replace(table, runs={**table.runs, **runs})
-            write_table(root, table)
-        elif not table.incomplete():
+        if table.inputs and all(self.fingerprint in entry.runs for entry in table.inputs.values()):
             return table, [f"{root} holds this run already; nothing was added"]
-        return table, []
+        words = label or f"{type(self.model).__name__}, {self._amount()}"
+        return replace(table, runs={**table.begun(), self.fingerprint: words}), notes
+
+    def _amount(self) -> str:
+        return "1 batch" if self.batches == 1 else f"{self.batches} batches"
 
     def _new_table(self, groups: list[list[str]], bound: int, diagonal: bool) -> tuple[Table, list[str]]:
         """A table of no run, and a note for each input of which only the diagonal fits."""
@@ -123,7 +125,7 @@ class CalibrationRun:
         """One pass: sums up some inputs over all batches, writes them and names them in the table."""
         from ..stages.collect import Collector, listening
         from ..stages.estimates import merged
-        from ..stages.statistics_store import commit, read_estimate, write_estimate
+        from ..stages.statistics_store import commit, create_store, is_store, read_estimate, write_estimate
 
         groups = {key: table.layers_of(key) for key in keys}
         whole = {key: table.inputs[key].hessian for key in keys}
@@ -137,6 +139,8 @@ class CalibrationRun:
                 watcher.advance(1)
         if number != self.batches:
             raise UsageError(f"batches held {self.batches} batches at first and {number} now; it must not change")
+        if not is_store(root):
+            create_store(root, table)
         entries: dict[str, InputEntry] = {}
         for key in keys:
             old, new = table.inputs[key], collector.sums.pop(key).estimate()
@@ -155,9 +159,10 @@ class CalibrationRun:
                 f"{root}: holds statistics of other layers, widths or shared inputs than this model has"
                 f"{', ' + one[0] if one else ''}; calibrate into another store, and merge the two"
             )
-        begun = [words for key, words in table.runs.items() if key != self.fingerprint]
-        if any(not set(entry.runs) >= set(table.runs) - {self.fingerprint} for entry in table.inputs.values()):
+        others = {run: words for run, words in table.begun().items() if run != self.fingerprint}
+        if any(not set(entry.runs) >= others.keys() for entry in table.inputs.values()):
+            words = list(others.values())[-1]
             raise PlanError(
-                f"{root}: another run ({begun[-1]}) was begun and is not complete; run that command again to "
+                f"{root}: another run ({words}) was begun and is not complete; run that command again to "
                 "complete it, or remove the store"
             )

@@ -68,7 +68,7 @@ def _flux(draw: Draw) -> dict[str, Any]:
     places = torch.zeros(side * side, axes)
     places[:, 1] = torch.arange(side).repeat_interleave(side)
     places[:, 2] = torch.arange(side).repeat(side)
-    made = {
+    made: dict[str, Any] = {
         "hidden_states": draw.normal(side * side, config.in_channels),
         "encoder_hidden_states": draw.text(config.joint_attention_dim),
         "timestep": draw.time(1.0),
@@ -92,7 +92,7 @@ def _sd3(draw: Draw) -> dict[str, Any]:
 
 
 def _captioned(draw: Draw) -> dict[str, Any]:
-    made = {
+    made: dict[str, Any] = {
         "hidden_states": draw.picture(draw.config.in_channels),
         "encoder_hidden_states": draw.text(draw.config.caption_channels),
         "timestep": draw.time(1000.0),
@@ -114,7 +114,7 @@ def _unet(draw: Draw) -> dict[str, Any]:
     import torch
 
     config = draw.config
-    made = {
+    made: dict[str, Any] = {
         "sample": draw.picture(config.in_channels),
         "timestep": draw.time(1000.0).long(),
         "encoder_hidden_states": draw.text(config.cross_attention_dim),
@@ -154,6 +154,9 @@ def load_diffusion_model(folder: Path, class_name: str, device: str) -> nn.Modul
     cls = getattr(diffusers, class_name, None)
     if cls is None:
         raise UsageError(f"{folder}: diffusers {diffusers.__version__} has no {class_name}; install a newer one")
+    voice: Any = diffusers.utils.logging
+    voice.set_verbosity_error()
+    voice.disable_progress_bar()
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     try:
         model: nn.Module = cls.from_pretrained(str(folder), local_files_only=True, torch_dtype=dtype)

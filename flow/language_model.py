@@ -8,14 +8,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..formats.errors import CheckpointError, UsageError
 from .sizes import count
 from .token_batches import Amount, Frame, batched, random_ids, text_ids
 
-if TYPE_CHECKING:
-    from torch import nn
+_log = logging.getLogger(__name__)
 
 Batches = tuple[list[dict[str, Any]], list[str]]
 """Batches, and notes for the user."""
@@ -32,7 +31,7 @@ class LanguageModel:
         """Loads it: in float32 on a CPU, as stored elsewhere. Raises UsageError or CheckpointError."""
         self.folder, self.device, self.notes = folder, device, list[str]()
         with _speaking(folder):
-            self.model = self._load()
+            self.model: Any = self._load()
         self.config = self.model.config
         if getattr(self.config, "use_cache", None):
             self.config.use_cache = False  # keys and values of tokens that never come
@@ -57,11 +56,11 @@ class LanguageModel:
         config = self._text_config()
         size = int(config.vocab_size)
         if tokenizer is None:
-            special = {getattr(config, f"{name}_token_id", None) for name in ("bos", "eos", "pad")}
+            special: set[Any] = {getattr(config, f"{name}_token_id", None) for name in ("bos", "eos", "pad")}
             first = getattr(config, "bos_token_id", None)
             frame = Frame((first,)) if isinstance(first, int) else Frame()
         else:
-            special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_encoder.values()}
+            special = _special(tokenizer)
             size, frame = min(size, len(tokenizer)), Frame.of(tokenizer)
         vocabulary = [number for number in range(size) if number not in special]
         if not vocabulary:
@@ -86,17 +85,18 @@ class LanguageModel:
         return self.config.get_text_config() if hasattr(self.config, "get_text_config") else self.config
 
     def _tokenizer(self) -> Any:
-        """The folder's tokenizer, or None without a usable one."""
+        """The folder's tokenizer, or None without a usable one; of some types an empty one is made from nothing."""
         import transformers
 
         try:
             with _speaking(self.folder):
-                return transformers.AutoTokenizer.from_pretrained(str(self.folder), local_files_only=True)
+                found = transformers.AutoTokenizer.from_pretrained(str(self.folder), local_files_only=True)
         except CheckpointError as error:
-            logging.getLogger(__name__).info("no tokenizer: %s", error)
+            _log.info("no tokenizer: %s", error)
             return None
+        return found if len(found) > len(_special(found)) else None
 
-    def _load(self) -> nn.Module:
+    def _load(self) -> Any:
         import torch
         import transformers
 
@@ -112,8 +112,12 @@ class LanguageModel:
                 f"{count(len(missing), 'tensor')} of {type(model).__name__} not in the checkpoint, {missing[0]} first: "
                 "set at random, as transformers does"
             )
-        moved: nn.Module = model.to(self.device)
-        return moved
+        return model.to(self.device)
+
+
+def _special(tokenizer: Any) -> set[int]:
+    """Ids that stand for no text: special tokens, and those that were added, such as places for pictures."""
+    return {*tokenizer.all_special_ids, *tokenizer.added_tokens_encoder.values()}
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -137,9 +141,10 @@ def read_config(folder: Path) -> dict[str, Any]:
 def _speaking(folder: Path) -> Iterator[None]:
     """Transformers without its progress bars and warnings, and with errors of this program's family."""
     try:
-        from transformers.utils import logging as voice
+        from transformers.utils import logging as voice_
     except ImportError as error:
         raise UsageError(MISSING) from error
+    voice: Any = voice_
     before = voice.get_verbosity(), voice.is_progress_bar_enabled()
     voice.set_verbosity_error()
     voice.disable_progress_bar()
@@ -157,10 +162,10 @@ def _speaking(folder: Path) -> Iterator[None]:
             voice.enable_progress_bar()
 
 
-def _cut_head(model: nn.Module) -> None:
+def _cut_head(model: Any) -> None:
     """Takes the product with the vocabulary out: the head's input counts, its output would be gigabytes of logits."""
     import torch
 
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if isinstance(head, torch.nn.Linear):
-        head.forward = lambda x: x[..., :1]  # type: ignore[method-assign]
+        head.forward = lambda x: x[..., :1]  # type: ignore[method-assign,assignment]

@@ -156,5 +156,5 @@ def e8m0_decode(exponent: torch.Tensor) -> torch.Tensor:
 def e8m0_inverse(exponent: torch.Tensor) -> torch.Tensor:
     """Float32 2**(127 - e), exact for 1 <= e <= 253; for e = 254 the subnormal 2**-127; 0 for byte 0."""
     inverse = ((254 - exponent).clamp_(min=0) << 23).view(torch.float32)
-    inverse = torch.where(exponent == 254, torch.tensor(2.0**-127, device=inverse.device), inverse)
+    inverse = torch.where(exponent == 254, torch.full((), 2.0**-127, device=inverse.device), inverse)
     return torch.where(exponent > 0, inverse, 0.0)

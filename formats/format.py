@@ -67,6 +67,10 @@ class Format(ABC):
     """safetensors dtype of the stored scales."""
     two_pass: ClassVar[bool] = False
     """Whether every instance needs a scale of the whole tensor first (see ``needs_stats``)."""
+    ratios: ClassVar[tuple[float, ...]] = (1.0,)
+    """Scales that are tried when errors are weighted by statistics, relative to the one from amax."""
+    clips: ClassVar[tuple[float, ...]] = ()
+    """Scales that clip: safe only where the error of the outputs decides."""
 
     @property
     def needs_stats(self) -> bool:

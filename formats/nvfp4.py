@@ -41,6 +41,7 @@ class Nvfp4(Format):
     code_dtype: ClassVar[str] = "U8"
     scale_dtype: ClassVar[str] = "F8_E4M3"
     two_pass: ClassVar[bool] = True
+    ratios: ClassVar[tuple[float, ...]] = tuple(round(0.75 + 0.07 * step, 2) for step in range(12))
 
     @property
     def searches(self) -> bool:

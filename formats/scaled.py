@@ -65,6 +65,7 @@ class Fp8(ScaledFormat):
 
     element: ClassVar[Element] = E4M3
     code_dtype: ClassVar[str] = "F8_E4M3"
+    ratios: ClassVar[tuple[float, ...]] = tuple(2.0 ** (step / 16) for step in range(16))
 
     @property
     def searches(self) -> bool:
@@ -146,6 +147,7 @@ class Int8(ScaledFormat):
 
     element: ClassVar[Element] = INT8
     code_dtype: ClassVar[str] = "I8"
+    clips: ClassVar[tuple[float, ...]] = tuple(step / 100 for step in (*range(98, 69, -2), *range(67, 30, -3)))
 
     def whole(self, stats: Stats, search: bool) -> torch.Tensor:
         return divide(_safe(stats.amax), self.element.largest)

@@ -16,7 +16,7 @@ _CHUNK_ELEMENTS = 2 << 20
 
 
 class Sums:
-    """Sums over the tokens of one input x (n,). Float32 for x x^T, float64 for the rest where the device has it."""
+    """Sums over the tokens of one input x (n,). Float32 for x x^T; the rest adds up in float64 where there is one."""
 
     def __init__(self, width: int, hessian: bool) -> None:
         self.width = width
@@ -83,7 +83,7 @@ class Sums:
             self._products.addmm_(x.T, x)
         else:
             self._products += x.square().sum(0, dtype=self._products.dtype)
-        self._sum += x.sum(0, dtype=self._sum.dtype)
+        self._sum += x.sum(0)  # of few enough tokens that float32 does
         self._histogram += count(x)
         self._amax = torch.maximum(self._amax, torch.stack(torch.aminmax(x)).abs().amax())
 

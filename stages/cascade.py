@@ -6,27 +6,29 @@ column by column, so a GPU kernel that does the same replaces one function. Rows
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
 from ..formats.elements import Element
 from ..formats.reduce import tree_sum_
+from .fused import kernels_for
 from .scale_search import Scaling
 
 WIDTH = 128
 """Columns in a block: what lies between blocks are matrix products."""
 
-_STRIP = 16
-"""Columns between which targets are moved one by one; from strip to strip by matrix products."""
+_STRIP = 32
+"""Columns of a group, at most, among which targets move one by one; from strip to strip by matrix products."""
 
 
 @dataclass(frozen=True)
 class Choice:
     """Scales that are chosen when their group is reached: the group is rounded under every candidate."""
 
-    ratios: tuple[float, ...]
-    """Candidates: peaks, as shares of the largest target of the group."""
+    ratios: torch.Tensor
+    """Float32 (k,): candidate peaks, as shares of the largest target of the group."""
     cost: torch.Tensor
     """Float32 (b,): what a squared distance from the target costs in each column."""
 
@@ -39,14 +41,15 @@ def cascade_(target: torch.Tensor, origin: torch.Tensor, coupling: torch.Tensor,
     read below its diagonal. ``peak`` (groups, r) holds the scales of the block's columns, groups of equal width, and
     with a ``choice`` receives the scales that were chosen. All tensors are float32.
     """
+    if (fused := kernels_for(target)) is not None and (choice is None or fused.chooses(scaling.format)):
+        moved: torch.Tensor = fused.cascade_(target, origin, coupling, scaling, peak, choice)
+        return moved
     moves = torch.empty_like(target)
     group = target.shape[0] // peak.shape[0]
-    strip = group if choice else min(_STRIP, group)
-    for start in range(0, target.shape[0], strip):
-        part = slice(start, start + strip)
-        if start:
-            target[part].addmm_(coupling[part, :start], moves[:start], alpha=-1)
-        index = start // group
+    for part in _strips(target.shape[0], group, group if choice else _STRIP):
+        if part.start:
+            target[part].addmm_(coupling[part, : part.start], moves[: part.start], alpha=-1)
+        index = part.start // group
         if choice:
             here = Choice(choice.ratios, choice.cost[part])
             _choose_(target[part], origin[part], coupling[part, part], scaling, peak[index], here)
@@ -57,6 +60,13 @@ def cascade_(target: torch.Tensor, origin: torch.Tensor, coupling: torch.Tensor,
             aims.mul_(multiplier)
         torch.sub(target[part], origin[part], out=moves[part])
     return moves
+
+
+def _strips(count: int, group: int, width: int) -> Iterator[slice]:
+    """Ranges of at most ``width`` columns, none of which crosses the edge of a group."""
+    for first in range(0, count, group):
+        for start in range(first, first + group, width):
+            yield slice(start, min(start + width, first + group))
 
 
 def _columns_(x: torch.Tensor, origin: torch.Tensor, coupling: torch.Tensor, element: Element,
@@ -76,14 +86,14 @@ def _columns_(x: torch.Tensor, origin: torch.Tensor, coupling: torch.Tensor, ele
 def _choose_(target: torch.Tensor, origin: torch.Tensor, coupling: torch.Tensor, scaling: Scaling,
              peak: torch.Tensor, choice: Choice) -> None:  # fmt: skip
     """The cascade in one group (g, r) under every candidate scale, of which the cheapest is kept."""
-    ratios = torch.tensor(choice.ratios, device=target.device)[:, None]
-    peaks = target.abs().amax(0) * ratios
+    peaks = target.abs().amax(0) * choice.ratios[:, None]
     inverse, multiplier = scaling.steps(peaks)
     x = target[:, None] * inverse
     aims, flat = torch.empty_like(x), (x.shape[0], -1)
     _columns_(x.view(flat), (origin[:, None] * inverse).view(flat), coupling, scaling.format.element, aims.view(flat))
     costs = aims.sub_(x).square_().mul_(choice.cost[:, None, None])
-    total = tree_sum_(costs.permute(1, 2, 0)).mul_(multiplier).mul_(multiplier)
+    relative = multiplier / multiplier.amax(0)
+    total = tree_sum_(costs.permute(1, 2, 0)).mul_(relative).mul_(relative)
     best = torch.where(multiplier > 0, total, torch.inf).argmin(0, keepdim=True)
     peak.copy_(peaks.gather(0, best)[0])
     chosen = x.gather(1, best[None].expand(x.shape[0], -1, -1))[:, 0]

@@ -93,7 +93,8 @@ class Sharing:
 
     def __init__(self) -> None:
         self._seen: dict[int, tuple[int, Same]] = {}
-        self._calls: dict[str, list[int]] = {}
+        self.calls: dict[str, list[int]] = {}
+        """Layer -> numbers of the tensors that it got."""
         self._tensors = 0
 
     def __call__(self, name: str, x: torch.Tensor) -> None:
@@ -101,14 +102,14 @@ class Sharing:
         if same is None or not same(x):
             number, self._tensors = self._tensors, self._tensors + 1
             self._seen[id(x)] = number, Same(x)
-        self._calls.setdefault(name, []).append(number)
+        self.calls.setdefault(name, []).append(number)
 
     def groups(self, layers: Sequence[str], share: bool = True) -> list[list[str]]:
         """Layers by input, in the order of their first calls; those that were not called stand alone, at the end."""
         groups: dict[Any, list[str]] = {}
-        for name, calls in self._calls.items():
+        for name, calls in self.calls.items():
             groups.setdefault(tuple(calls) if share else name, []).append(name)
-        return [*groups.values(), *([name] for name in layers if name not in self._calls)]
+        return [*groups.values(), *([name] for name in layers if name not in self.calls)]
 
 
 class Collector:

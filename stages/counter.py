@@ -24,10 +24,14 @@ def hash_(x: torch.Tensor) -> torch.Tensor:
 
 def bits(shape: tuple[int, int], key: tuple[int, int], device: torch.device, first_row: int = 0) -> torch.Tensor:
     """Int32 (m, n) random bits of rows from ``first_row`` on; ``key`` is a seed and a number that tells draws apart."""
-    seed, draw = key
-    start = hash_(torch.full((1,), _signed(seed + draw * 0x3C6EF372), dtype=torch.int32, device=device))
+    start = start_of(*key)
     rows = hash_(torch.arange(first_row, first_row + shape[0], dtype=torch.int32, device=device) + start)
     return hash_(rows[:, None] + torch.arange(shape[1], dtype=torch.int32, device=device))
+
+
+def start_of(seed: int, draw: int) -> int:
+    """The counter that a draw begins with, as an int32."""
+    return int(hash_(torch.tensor([_signed(seed + draw * 0x3C6EF372)], dtype=torch.int32)))
 
 
 def uniform(shape: tuple[int, int], key: tuple[int, int], device: torch.device, first_row: int = 0) -> torch.Tensor:

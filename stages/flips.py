@@ -8,6 +8,7 @@ import torch
 
 from ..formats.scratch import tiles
 from .counter import uniform
+from .fused import kernels_for
 from .methods import Problem
 
 
@@ -30,6 +31,9 @@ def flip(problem: Problem, error: torch.Tensor, gradient: torch.Tensor, parabola
     leads to the value nearest to W + E - G / C. Zeros stay: padding, pruned weights, rows without a scale of their own.
     ``draw`` is the share, the seed and the number of the round.
     """
+    if (fused := kernels_for(error)) is not None:
+        fused.flip(problem, error, gradient, parabolas, draw)
+        return
     fmt, (share, seed, turn) = problem.format, draw
     multiple = fmt.rows_multiple
     for part in tiles(error.view(error.shape[0] // multiple, multiple, -1)):

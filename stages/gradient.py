@@ -1,9 +1,13 @@
 """Gradient rounding, without data: an optimiser moves weights across rounding boundaries, for comparison and study.
 
-Minimises ||U^T E V||, E the error of the *stored* weights, where U and V span the leading singular subspaces of the
-weight. What is optimised is an offset per weight in units of the grid step at it; the loss and its gradient are taken
-at the rounded weights, and the gradient is passed on to the offsets (straight-through: Bengio et al., arXiv 1308.3432).
-Offsets start at 0, so the start is nearest rounding, and the weights that are nearest to a boundary cross it first.
+Minimises ||U^T E V|| over the stored weights W + E, where U and V span the leading singular subspaces of W.
+
+What an optimiser moves is an offset per weight, in units of the grid step there: so one learning rate serves all
+formats. Stored is the grid value nearest to the weight with its offset. Offsets start at 0, which is nearest rounding,
+and weights close to the boundary between two values cross it first. The loss is that of the stored weights. So is its
+gradient (straight-through: Bengio et al., arXiv 1308.3432), but for a weight's own share: taken where the weight is,
+not where it is stored, it vanishes at the weight's optimum. Without that, weights whose optimum lies between two values
+swing over the boundary for ever, many at once, and nothing improves.
 """
 
 from __future__ import annotations
@@ -30,16 +34,16 @@ class Gradient:
     name: ClassVar[str] = "gradient"
     needs_moments: ClassVar[bool] = False
 
-    optimizer: str = "adamw"
-    """original, adamw, radam or prodigy (extra package)."""
-    iterations: int = 500
+    optimizer: str = "original"
+    """original (least time and memory of the four, with as good results), adamw, radam or prodigy (extra package)."""
+    iterations: int = 100
     """Steps at most."""
     learning_rate: float | None = None
-    """In grid steps per iteration; None: the optimiser's own (prodigy: a factor of the rate that it finds)."""
+    """In grid steps per iteration, roughly; None: the optimiser's own (prodigy: a factor of the rate that it finds)."""
     reach: float = 0.5
     """Grid steps that an offset may have. 0.5: a weight is stored as one of its two neighbours on the grid."""
     penalty: float = 0.0
-    """Weight of ||E||^2 beside the projected error."""
+    """Weight of ||E||^2 beside ||U^T E V||^2. 0: the projected error alone, at the cost of the error as a whole."""
     schedule: str = "plateau"
     """plateau, adaptive or exponential; what follows are its options (see ``Schedule``)."""
     gamma: float = 0.99
@@ -51,10 +55,10 @@ class Gradient:
     threshold_mode: str = "rel"
     shape_influence: float = 1.0
     stop_loss: float = 5e-9
-    """Stop when the loss is no more than this ..."""
+    """Stop when the loss, as a share of ||W||, is no more than this ..."""
     stop_lr: float = 1.01e-4
     """... or the learning rate ..."""
-    stop_stall: int = 200
+    stop_stall: int = 50
     """... or after more steps than this without a better loss."""
     top_p: float = 0.2
     """Share of the singular directions that count ..."""
@@ -71,8 +75,11 @@ class Gradient:
         for option, value in (("learning_rate", self.rate), ("reach", self.reach)):
             if not 0 < value < math.inf:
                 raise UsageError(f"gradient: {option} {value} must be a positive number")
-        for option, value in (("stop_loss", self.stop_loss), ("stop_lr", self.stop_lr), ("stop_stall", self.stop_stall)):
-            if not value >= 0:
+        for option, value in (
+            ("stop_loss", self.stop_loss), ("stop_lr", self.stop_lr), ("stop_stall", self.stop_stall),
+            ("penalty", self.penalty),
+        ):  # fmt: skip
+            if not 0 <= value < math.inf:
                 raise UsageError(f"gradient: {option} {value} must be 0 or a positive number")
         check_rank(self.top_p, self.min_k, self.max_k)
         self.pacing()
@@ -98,9 +105,9 @@ class Gradient:
         return GradientSolver(problem, self)
 
     def memory(self, shape: tuple[int, int]) -> int:
-        """Offsets, their gradient, grid steps, stored weights now and at their best, a temporary; optimiser; bases."""
+        """Offsets, their gradient, grid steps, values, errors, the best values, temporaries; optimiser; bases."""
         rank = rank_of(shape, self.top_p, self.min_k, self.max_k)
-        held = 6 + OPTIMIZERS[self.optimizer].tensors
+        held = 8 + OPTIMIZERS[self.optimizer].tensors
         return 4 * held * shape[0] * shape[1] + memory_of_bases(shape, rank)
 
 
@@ -111,60 +118,77 @@ class GradientSolver:
         self.problem, self.options = problem, options
         self.shape = (problem.weight.shape[0], problem.weight.shape[1])
         rank = rank_of(self.shape, options.top_p, options.min_k, options.max_k)
-        self.left, self.right = dominant_subspaces(problem.weight, rank, seed_of(problem.name))
-        self.curvature = torch.outer(self.left.square().sum(1), self.right.square().sum(1))
-        self.curvature.add_(options.penalty)
+        self.subspaces = dominant_subspaces(problem.weight, rank, seed_of(problem.name))
+        self.size = max(float(problem.weight.norm()), torch.finfo(torch.float32).tiny)
 
     def loss(self, values: torch.Tensor) -> float:
-        error = values - self.problem.weight
-        return float((self.projection(error).square().sum() + self.options.penalty * error.square().sum(1).sum()).sqrt())
+        return self._loss(error := values - self.problem.weight, self.projection(error))
 
     def projection(self, error: torch.Tensor) -> torch.Tensor:
         """U^T E V (k, k)."""
-        return project((self.left, self.right), error)
+        return project(self.subspaces, error)
+
+    def _loss(self, error: torch.Tensor, core: torch.Tensor) -> float:
+        """Relative to ||W||; ``core`` is the projection."""
+        squares = core.square().sum()
+        if self.options.penalty:
+            squares += self.options.penalty * error.square().sum(1).sum()
+        return float(squares.sqrt_()) / self.size
 
     def solve(self, start: torch.Tensor) -> Rounded:
         problem, options = self.problem, self.options
         grid = grid_steps(problem.format, start, problem.scales)
-        offset = torch.zeros_like(start)
+        usual = max(float(grid.mean()), torch.finfo(torch.float32).tiny)
+        grid.masked_fill_(grid == 0, usual)
+        offset, values, error, best = torch.zeros_like(start), start.clone(), torch.empty_like(start), start.clone()
         optimizer = OPTIMIZERS[options.optimizer].make([offset], options.rate)
-        schedule, pace = options.pacing(), Pace(options.rate)
-        values, best, least = start, start.clone(), math.inf
-        for _ in range(options.iterations):
-            error = values - problem.weight
-            core = self.projection(error)
-            loss = float((core.square().sum() + options.penalty * error.square().sum(1).sum()).sqrt())
+        schedule, pace, least = options.pacing(), Pace(options.rate), math.inf
+        for turn in range(options.iterations + 1):
+            core = self.projection(torch.sub(values, problem.weight, out=error))
+            loss = self._loss(error, core)
             if not math.isfinite(loss):
                 break
             if loss < least:
                 least = loss
                 best.copy_(values)
             pace = schedule.next(pace, loss, self.shape)
-            if options.stops(pace, least):
+            if turn == options.iterations or options.stops(pace, least):
                 break
-            gradient = product(self.left, product(core, self.right.T))
-            own = torch.addcmul(problem.weight, offset, grid).sub_(values)
-            gradient.addcmul_(own, self.curvature).add_(error, alpha=options.penalty).div_(loss)
-            offset.grad = gradient.mul_(grid)
+            optimizer.zero_grad()  # frees it
+            offset.grad = self._gradient(core, offset * grid, error)
+            # In the metric of weights, not of offsets: a step of the gradient moves weights alike, fine grid or coarse.
+            offset.grad.div_(grid).mul_(usual * math.sqrt(offset.numel()) / (loss * self.size))
             for group in optimizer.param_groups:
                 group["lr"] = pace.rate
             optimizer.step()
             offset.clamp_(-options.reach, options.reach)
-            values = problem.format.snap_(torch.addcmul(problem.weight, offset, grid), problem.scales)
-        else:
-            if self.loss(values) < least:
-                best.copy_(values)
+            torch.addcmul(problem.weight, offset, grid, out=values)
+            problem.format.snap_(values, problem.scales)
         return Rounded(best, problem.scales)
+
+    def _gradient(self, core: torch.Tensor, moved: torch.Tensor, error: torch.Tensor) -> torch.Tensor:
+        """Half the gradient of the squared objective in every weight W + ``moved``, when all others are as stored.
+
+        That of the stored weights, U core V^T, is what the parabola of a weight has at its stored value; its curvature
+        leads from there to the weight itself. Destroys ``moved``.
+        """
+        left, right = self.subspaces
+        gradient = product(left, product(core, right.T))
+        if self.options.penalty:
+            gradient.add_(moved, alpha=self.options.penalty)
+        return gradient.add_(moved.sub_(error).mul_(left.square().sum(1)[:, None]).mul_(right.square().sum(1)))
 
 
 def grid_steps(fmt: Format, values: torch.Tensor, scales: Scales) -> torch.Tensor:
-    """Distance of each of the stored ``values`` (m, n) to the next larger magnitude on the grid; 0 where scales are."""
+    """Float32 (m, n): width of the grid's steps at stored ``values``, in the power of two of each; 0 where the scale
+    is."""
     multiplier = fmt.spread(scales.multiplier)
-    codes = values.clone()
-    fmt.shaped(codes).mul_(torch.where(multiplier > 0, multiplier.reciprocal(), 0.0))
+    steps = values.clone()
+    shaped = fmt.shaped(steps)
     if fmt.element.mantissa:
-        codes.copy_(fmt.element.binade(codes)).mul_(2.0**-fmt.element.mantissa)
+        shaped.mul_(torch.where(multiplier > 0, multiplier.reciprocal(), 0.0))
+        steps.copy_(fmt.element.binade(steps)).mul_(2.0**-fmt.element.mantissa)
     else:
-        codes.fill_(1.0)
-    fmt.shaped(codes).mul_(multiplier)
-    return codes
+        steps.fill_(1.0)
+    shaped.mul_(multiplier)
+    return steps

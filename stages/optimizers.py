@@ -12,18 +12,17 @@ from ..formats.errors import UsageError
 
 
 class Original(torch.optim.Optimizer):
-    """Steps against the gradient, whose length is set to a root mean square of ``lr`` per element."""
+    """Plain steps against the gradient. That of a norm, unlike that of its square, keeps its length on the way."""
 
     def __init__(self, parameters: list[torch.Tensor], lr: float) -> None:
         super().__init__(parameters, {"lr": lr})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> Any:
+        """A closure is not asked."""
         for group in self.param_groups:
             for parameter in group["params"]:
-                gradient = parameter.grad
-                size = gradient.square().mean().sqrt_().clamp_(min=torch.finfo(gradient.dtype).tiny)
-                parameter.sub_(gradient / size * group["lr"])
+                parameter.sub_(parameter.grad, alpha=group["lr"])
 
 
 @dataclass(frozen=True)
@@ -55,10 +54,10 @@ def _prodigy(parameters: list[torch.Tensor], lr: float) -> torch.optim.Optimizer
 
 
 OPTIMIZERS: dict[str, Optimizer] = {
-    "original": Optimizer(Original, 0.05, 2),
+    "original": Optimizer(Original, 0.1, 0),
     "adamw": Optimizer(lambda parameters, lr: torch.optim.AdamW(parameters, lr, foreach=False), 0.05, 4),
-    "radam": Optimizer(lambda parameters, lr: torch.optim.RAdam(parameters, lr, foreach=False), 0.05, 4),
-    "prodigy": Optimizer(_prodigy, 1.0, 6, grace=50),
+    "radam": Optimizer(lambda parameters, lr: torch.optim.RAdam(parameters, lr, foreach=False), 0.1, 6),
+    "prodigy": Optimizer(_prodigy, 1.0, 4, grace=50),
 }
-"""The projected-gradient step with a gradient of fixed length; Adam with decoupled decay (Loshchilov and Hutter, arXiv
+"""The steps of the projected-gradient method; Adam with decoupled decay (Loshchilov and Hutter, arXiv
 1711.05101); rectified Adam (Liu et al., arXiv 1908.03265); Prodigy (Mishchenko and Defazio, arXiv 2306.06101)."""

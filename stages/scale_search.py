@@ -49,41 +49,50 @@ class Scaling:
         """A view (G, g, r) of contiguous ``x`` (n, r)."""
         return x.view(-1, self.format.block_size or x.shape[0], x.shape[1])
 
-    def share(self, x: torch.Tensor, by_sum: bool) -> torch.Tensor:
-        """(G, r) sums or maxima over the rows that share a scale, given to each of them. Destroys ``x``."""
-        if self.format.scaling in ("row", "group"):
-            return x
-        size = self.format.block_size if self.format.scaling == "block" else None
-        tiles = x.view(x.shape[0], -1, size or x.shape[1])
-        shared = tree_sum_(tiles) if by_sum else tiles.amax(-1)
-        return shared[..., None].expand(-1, -1, tiles.shape[2]).reshape(x.shape)
-
     def amax(self, x: torch.Tensor) -> torch.Tensor:
-        """(G, r) largest magnitudes of (n, r) weights."""
-        return self.share(self.groups(x).abs().amax(1), by_sum=False)
+        """(G, r) largest magnitudes of (n, r) weights, of whole tiles of rows."""
+        amax = self.groups(x).abs().amax(1)
+        tiles = amax.view(amax.shape[0], -1, self.format.rows_multiple)
+        return tiles.amax(-1, keepdim=True).expand_as(tiles).reshape(amax.shape)
+
+    def total(self, x: torch.Tensor) -> torch.Tensor:
+        """(G, r) sums over the rows that share a scale, given to each of them. Destroys ``x`` (G, r)."""
+        tiles = x.view(x.shape[0], -1, self.format.rows_multiple)
+        return tree_sum_(tiles)[..., None].expand_as(tiles).reshape(x.shape)
+
+    def round(self, x: torch.Tensor, peak: torch.Tensor) -> torch.Tensor:
+        """(n, r) weights nearest to ``x`` under scales of ``peak``."""
+        inverse, multiplier = self.steps(peak)
+        rounded = self.groups(x) * inverse[:, None]
+        self.format.element.round_(rounded)
+        return rounded.mul_(multiplier[:, None]).view(x.shape)
 
     def errors(self, x: torch.Tensor, peak: torch.Tensor, importance: torch.Tensor) -> torch.Tensor:
         """(G, r) squared errors of (n, r) weights rounded under ``peak``, times the ``importance`` (n,) of columns."""
-        inverse, multiplier = self.steps(peak)
-        groups = self.groups(x)
-        rounded = groups * inverse[:, None]
-        self.format.element.round_(rounded)
-        rounded.mul_(multiplier[:, None]).sub_(groups).square_().mul_(self.groups(importance[:, None]))
-        return tree_sum_(rounded.transpose(1, 2))
+        squares = self.round(x, peak).sub_(x).square_().mul_(importance[:, None])
+        return tree_sum_(self.groups(squares).transpose(1, 2)).clone()  # lets go of the squares
 
     def search(self, x: torch.Tensor, importance: torch.Tensor, ratios: tuple[float, ...]) -> torch.Tensor:
         """(G, r) peaks, among ``ratios`` of the largest magnitudes, of the least weighted error; the first of equals.
 
-        With tensor scaling all rows must be in ``x``.
+        For scales that belong to whole tiles of rows: all but those of a tensor.
         """
         amax = self.amax(x)
         best = amax * ratios[0]
         if len(ratios) == 1:
             return best
-        least = self.share(self.errors(x, best, importance), by_sum=True)
+        least = self.total(self.errors(x, best, importance))
         for ratio in ratios[1:]:
             peak = amax * ratio
-            error = self.share(self.errors(x, peak, importance), by_sum=True)
+            error = self.total(self.errors(x, peak, importance))
             better = error < least
             best, least = torch.where(better, peak, best), torch.where(better, error, least)
         return best
+
+    def stored(self, peak: torch.Tensor) -> Scales:
+        """Scales as they are stored, of the peaks (G, m) of all rows, groups in the order of the weight's columns."""
+        if self.format.scaling == "tensor":
+            return self.scales(peak[0, 0])
+        if self.format.scaling == "row":
+            return self.scales(peak[0])
+        return self.scales(peak[:, :: self.format.rows_multiple].T.contiguous())

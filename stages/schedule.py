@@ -105,7 +105,7 @@ class Schedule:
 
     def shaped_factor(self, shape: tuple[int, int]) -> float:
         """``plateau``: f + (f^sqrt(longer edge / shorter edge) - f) * influence."""
-        steep = self.factor ** math.sqrt(max(shape) / min(shape))
+        steep = math.pow(self.factor, math.sqrt(max(shape) / min(shape)))
         return self.factor + (steep - self.factor) * self.shape_influence
 
     def _bar(self, best: float) -> float:

@@ -25,7 +25,7 @@ import torch
 
 from ..formats.errors import CheckpointError, PlanError, UsageError
 from .estimates import Estimate, merged
-from .statistics_table import InputEntry, Table, make_table, write_table
+from .statistics_table import METADATA, InputEntry, Table, make_table, write_table
 
 if TYPE_CHECKING:
     from .statistics import Statistics
@@ -89,10 +89,20 @@ def write_estimate(root: Path, key: str, estimate: Estimate, runs: tuple[str, ..
     return InputEntry(n, estimate.rows is not None, estimate.tokens, estimate.amax, where, runs, checksum)
 
 
-def create_store(root: Path, table: Table) -> None:
-    """A store with a table and no data. Raises PlanError when something else has the name."""
+def is_store(root: Path) -> bool:
+    """Whether a Zarr group has the name, of statistics or not."""
+    return (root / METADATA).is_file()
+
+
+def check_free(root: Path) -> None:
+    """PlanError when something that is no store has the name."""
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise PlanError(f"{root}: exists and is no statistics store; choose another name")
+
+
+def create_store(root: Path, table: Table) -> None:
+    """A store with a table and no data. Raises PlanError when something else has the name."""
+    check_free(root)
     root.mkdir(parents=True, exist_ok=True)
     write_table(root, table)
 
@@ -187,7 +197,8 @@ def _block_rows(width: int) -> int:
 def _folder(key: str) -> str:
     """A layer's name as one plain folder name."""
     quoted = urllib.parse.quote(key, safe=" ")
-    return f"%{ord(quoted[0]):02X}{quoted[1:]}" if quoted[:1] in ("_", ".") else quoted
+    taken = quoted[:1] in ("_", ".") or quoted.lower().startswith("zarr.json")
+    return f"%{ord(quoted[0]):02X}{quoted[1:]}" if taken else quoted
 
 
 def _sync(folder: Path) -> None:

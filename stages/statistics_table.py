@@ -18,7 +18,7 @@ from ..formats.errors import CheckpointError, shown
 
 KIND = "quantloom_statistics"
 VERSION = 1
-_METADATA = "zarr.json"
+METADATA = "zarr.json"
 _MAX_BYTES = 256_000_000
 
 
@@ -70,6 +70,11 @@ class Table:
         """Ids of inputs that lack a run which was begun."""
         return [key for key, entry in self.inputs.items() if set(entry.runs) != set(self.runs)]
 
+    def begun(self) -> dict[str, str]:
+        """Runs of which at least one input has seen anything."""
+        seen = {run for entry in self.inputs.values() for run in entry.runs}
+        return {run: words for run, words in self.runs.items() if run in seen}
+
     def layers_of(self, key: str) -> list[str]:
         """Layers that share an input."""
         return [name for name, layer in self.layers.items() if layer.input == key]
@@ -82,7 +87,7 @@ class Table:
 def read_table(root: Path) -> Table:
     """The table of a store. Raises CheckpointError for what is none."""
     try:
-        path = root / _METADATA
+        path = root / METADATA
         if not path.is_file():
             why = "is no Zarr group" if root.exists() else "does not exist"
             raise CheckpointError(f"{root}: {why}; make statistics with quantloom calibrate")
@@ -90,7 +95,7 @@ def read_table(root: Path) -> Table:
             raise CheckpointError(f"{path}: {path.stat().st_size} bytes; no statistics store says that much of itself")
         found = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{root / _METADATA}: is no JSON: {error}") from error
+        raise CheckpointError(f"{root / METADATA}: is no JSON: {error}") from error
     except OSError as error:
         raise CheckpointError(f"{root}: cannot be read: {error.strerror or error}") from error
     attributes = found.get("attributes") if isinstance(found, dict) else None
@@ -103,7 +108,7 @@ def read_table(root: Path) -> Table:
     try:
         return _parse(held)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{root / _METADATA}: its table of statistics is broken: {error!r}") from error
+        raise CheckpointError(f"{root / METADATA}: its table of statistics is broken: {error!r}") from error
 
 
 def write_table(root: Path, table: Table) -> None:
@@ -115,12 +120,12 @@ def write_table(root: Path, table: Table) -> None:
         "inputs": {name: asdict(entry) for name, entry in table.inputs.items()},
     }
     text = json.dumps({"zarr_format": 3, "node_type": "group", "attributes": {KIND: held}})
-    part = root / f"{_METADATA}.part"
+    part = root / f"{METADATA}.part"
     with open(part, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    part.replace(root / _METADATA)
+    part.replace(root / METADATA)
 
 
 def make_table(groups: Iterable[tuple[list[str], InputEntry]], transposed: frozenset[str] = frozenset()) -> Table:

@@ -25,26 +25,27 @@ def dominant_subspaces(weight: torch.Tensor, rank: int, seed: int) -> tuple[torc
     """
     k = min(rank + _OVERSAMPLING, *weight.shape)
     scaled = weight / weight.abs().amax().clamp(min=torch.finfo(weight.dtype).tiny)
-    right = orthonormal(scaled.T @ signs((weight.shape[0], k), seed, weight.device))
+    right = orthonormal(scaled.T @ signs((weight.shape[0], k), seed, weight.device), passes=1)
     for _ in range(_POWER_STEPS):
-        left = orthonormal(scaled @ right)
-        right = orthonormal(scaled.T @ left)
-    return orthonormal(scaled @ right), right
+        left = orthonormal(scaled @ right, passes=1)
+        right = orthonormal(scaled.T @ left, passes=1)
+    return orthonormal(scaled @ right), orthonormal(right)
 
 
-def orthonormal(x: torch.Tensor) -> torch.Tensor:
-    """An orthonormal basis (m, k) of the columns of float32 ``x`` (m, k), m >= k.
+def orthonormal(x: torch.Tensor, passes: int = 2) -> torch.Tensor:
+    """A basis (m, k) of the columns of float32 ``x`` (m, k), m >= k: orthonormal, after one pass only nearly so.
 
-    CholeskyQR2 (Yamamoto et al., ETNA 44, 2015): products and a triangular solve, a fraction of the cost of Householder
-    steps. Columns are scaled first. A matrix that is too close to singular for it goes to ``torch.linalg.qr``.
+    CholeskyQR2 (Yamamoto et al., ETNA 44, 2015): products and the inverse of a small triangle, a fraction of the cost
+    of Householder steps. Columns are scaled first. A matrix that is too close to singular goes to ``torch.linalg.qr``.
     """
     q: torch.Tensor = x / x.norm(dim=0).clamp(min=torch.finfo(x.dtype).tiny)
-    for _ in range(2):
+    unit = torch.eye(q.shape[1], dtype=q.dtype, device=q.device)
+    for _ in range(passes):
         factor, failed = torch.linalg.cholesky_ex(q.T @ q)
         if bool(failed):
             fallback: torch.Tensor = torch.linalg.qr(x)[0]
             return fallback
-        q = torch.linalg.solve_triangular(factor.T, q, upper=True, left=False)
+        q = q @ torch.linalg.solve_triangular(factor, unit, upper=False).T
     return q
 
 

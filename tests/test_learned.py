@@ -20,7 +20,8 @@ from quantloom.stages.subspace import dominant_subspaces, orthonormal, project, 
 
 FORMATS = [
     ("fp8", "tensor", None), ("fp8", "row", None), ("fp8", "block", 64), ("fp8_e5m2", "tensor", None),
-    ("int8", "tensor", None), ("int8", "row", None), ("int8", "block", 64), ("mxfp8", None, None), ("nvfp4", None, None),
+    ("int8", "tensor", None), ("int8", "row", None), ("int8", "block", 64),
+    ("mxfp8", None, None), ("nvfp4", None, None),
 ]  # fmt: skip
 CPU = torch.device("cpu")
 

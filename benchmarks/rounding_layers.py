@@ -1,0 +1,274 @@
+#!/usr/bin/env python3
+"""Weight, projected and held-out output error of every rounding method on single layers, beside convert-to-quant.
+
+    python benchmarks/rounding_layers.py [--layers query,1024x1024] [--formats "nvfp4,fp8 row"] [--methods mse,learned]
+                                         [--cache peer.json] [--envs DIR] [--no-peer] [--json FILE]
+
+F = ||E|| / ||W||, P = ||U_k^T E V_k|| / ||W|| with exact singular vectors of W, O = ||X E^T|| / ||X W^T|| on inputs X that
+took no part, E being stored minus original weight. Inputs of MiniLM's layers are real activations of generated English
+sentences: every other sentence makes the statistics, the rest judges. All weights are decoded from codes and scales.
+
+convert-to-quant runs its own learned rounding with its command line's defaults (prodigy, 4000 iterations, plateau,
+top_p 0.2, k 256 to 1280) in an environment of its own (peers.py), one thread; its stored tensors are decoded by
+quantloom. Its results are kept in the file named by --cache and made once. It takes 20 minutes of a core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from measure import HERE, machine, save_json, table
+from peers import CONVERT_TO_QUANT_PROGRAM, create, default_envs
+from rounding_cases import FORMATS, LAYERS, METHODS, Errors, Judge, Layer, decoded_peer, make_layers, round_matrix
+from rounding_peer import DEFAULTS
+from safetensors.torch import load_file, save_file
+
+PEER = "convert-to-quant"
+OPTIMIZER = "prodigy"
+TARGET_PROJECTED, TARGET_OUTPUT = 0.87, 0.40
+"""Geometric means relative to the peer: P of learned, O of calibrated."""
+NOISE = 1e-6
+"""A relative difference of float32 sums, and no loss."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A method on a layer in a format."""
+
+    layer: str
+    format: str
+    method: str
+    errors: Errors | None
+    seconds: float | None
+    loss: tuple[float, float] | None = None
+    """The method's own objective, as stored and with plain rounding."""
+    kept_start: bool = False
+    failed: str = ""
+
+    def __str__(self) -> str:
+        if self.errors is None:
+            return self.failed
+        star = "*" if self.kept_start else ""
+        return f"{self.errors if self.errors.finite else 'NaN'}{star} ({self.seconds:.2f} s)"
+
+
+# -- the peer ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Cache:
+    """What the peer made of layers, by their content."""
+
+    path: Path | None
+    held: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, path: str | None) -> Cache:
+        file = Path(path) if path else None
+        return cls(file, json.loads(file.read_text()) if file and file.exists() else {})
+
+    def put(self, key: str, line: dict[str, Any]) -> None:
+        self.held[key] = line
+        if self.path:
+            self.path.write_text(json.dumps(self.held, indent=1) + "\n")
+
+
+def key_of(layer: Layer, format: str) -> str:
+    """Tells weights, inputs and settings apart."""
+    digest = hashlib.sha256(json.dumps([OPTIMIZER, DEFAULTS, CONVERT_TO_QUANT_PROGRAM.requirements[0]]).encode())
+    for tensor in (layer.weight, layer.held_out):
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return f"{layer.name}, {format}, {digest.hexdigest()[:16]}"
+
+
+def run_peer(layer: Layer, formats: Sequence[str], judge: Judge, envs: Path, cache: Cache) -> None:
+    """Has the peer round a layer in the formats that the cache lacks."""
+    missing = [format for format in formats if key_of(layer, format) not in cache.held]
+    if not missing:
+        return
+    python = create(CONVERT_TO_QUANT_PROGRAM, envs)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        save_file({"weight": layer.weight.contiguous()}, folder / "weight.safetensors")
+        argv = [str(python), str(HERE / "rounding_peer.py"), str(folder / "weight.safetensors"), name,
+                "--formats", ",".join(missing), "--optimizer", OPTIMIZER]  # fmt: skip
+        quiet = {"PATH": "/usr/bin:/bin", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+        with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=quiet) as process:
+            assert process.stdout is not None
+            for text in process.stdout:
+                line = json.loads(text)
+                format = line.pop("format")
+                if "failed" not in line:
+                    stored = load_file(folder / f"{format}.safetensors")
+                    values = decoded_peer(stored, format, (layer.weight.shape[0], layer.weight.shape[1]))
+                    line["errors"] = asdict(judge.errors(values))
+                cache.put(key_of(layer, format), line)
+                print(f"  {PEER}: {layer.name}, {format}: {line}", file=sys.stderr, flush=True)
+        for format in missing:
+            if key_of(layer, format) not in cache.held:
+                cache.put(key_of(layer, format), {"failed": f"exit status {process.returncode}"})
+
+
+def peer_cell(layer: Layer, format: str, cache: Cache) -> Cell:
+    line = cache.held[key_of(layer, format)]
+    errors = Errors(**line["errors"]) if "errors" in line else None
+    return Cell(layer.name, format, PEER, errors, line.get("seconds"), failed=line.get("failed", ""))
+
+
+# -- quantloom ---------------------------------------------------------------------------------------------------------
+
+
+def cells(
+    layer: Layer, formats: Sequence[str], methods: Sequence[str], judge: Judge
+) -> Iterator[Cell]:
+    """Every method in every format."""
+    moments = layer.moments()
+    for format in formats:
+        for method in methods:
+            given = moments if method == "calibrated" else None
+            result = round_matrix(layer, format, method, given)
+            errors = judge.errors(result.values)
+            yield Cell(layer.name, format, method, errors, result.seconds, result.loss, result.kept_start)
+
+
+# -- tables ------------------------------------------------------------------------------------------------------------
+
+Found = Mapping[tuple[str, str, str], Cell]
+"""By layer, format and method."""
+
+
+def geometric(values: Iterable[float]) -> float:
+    logarithms = [math.log(value) for value in values]
+    return math.exp(math.fsum(logarithms) / len(logarithms)) if logarithms else math.nan
+
+
+def errors_table(found: Found, methods: Sequence[str]) -> str:
+    pairs = dict.fromkeys((layer, format) for layer, format, _ in found)
+    rows = []
+    for layer, format in pairs:
+        line = (found.get((layer, format, method)) for method in methods)
+        rows.append([layer, format, *(str(cell) if cell else "" for cell in line)])
+    return table(["layer", "format", *methods], rows)
+
+
+def ratios(found: Found, method: str, to: str, of: Callable[[Errors], float]) -> dict[tuple[str, str], float]:
+    """By layer and format, where both are numbers."""
+    result = {}
+    for (layer, format, name), cell in found.items():
+        other = found.get((layer, format, to))
+        if name != method or other is None or cell.errors is None or other.errors is None or not other.errors.finite:
+            continue
+        result[layer, format] = of(cell.errors) / of(other.errors)
+    return result
+
+
+MEASURES: dict[str, Callable[[Errors], float]] = {
+    "F": lambda errors: errors.weight, "P": lambda errors: errors.projected, "O": lambda errors: errors.output,
+}  # fmt: skip
+
+
+def summary_table(found: Found, methods: Sequence[str], to: str) -> str:
+    """Geometric means of F / P / O and of CPU seconds relative to a method, by format."""
+    formats = list(dict.fromkeys(format for _, format, _ in found))
+    rows = []
+    for format in [*formats, "all"]:
+        row = [format]
+        for method in methods:
+            means = []
+            for of in MEASURES.values():
+                some = ratios(found, method, to, of)
+                means.append(geometric(ratio for (_, name), ratio in some.items() if format in (name, "all")))
+            row.append(" / ".join(f"{mean:.3f}" for mean in means) + faster(found, method, to, format))
+        rows.append(row)
+    return table([f"relative to {to}", *methods], rows)
+
+
+def faster(found: Found, method: str, to: str, format: str) -> str:
+    """How many times less CPU a method takes."""
+    pairs = []
+    for (layer, name, made), cell in found.items():
+        other = found.get((layer, name, to))
+        if made == method and format in (name, "all") and other is not None and cell.seconds and other.seconds:
+            pairs.append(other.seconds / cell.seconds)
+    return f", {geometric(pairs):.0f}x" if pairs else ""
+
+
+def misses(found: Found) -> Iterator[str]:
+    """Every target that is not met."""
+    for name in ("F", "O"):
+        for (layer, format), ratio in ratios(found, "learned", PEER, MEASURES[name]).items():
+            if ratio > 1:
+                yield f"learned, {layer}, {format}: {name} is {ratio:.4f} of {PEER}'s"
+    for method, name, target in (("learned", "P", TARGET_PROJECTED), ("calibrated", "O", TARGET_OUTPUT)):
+        some = ratios(found, method, PEER, MEASURES[name])
+        mean = geometric(some.values())
+        if mean > target:
+            yield f"{method}: {name} {mean:.4f} of {PEER}'s in the geometric mean of {len(some)} cells, wanted {target}"
+    for (layer, format), ratio in ratios(found, "mse", "nearest", MEASURES["F"]).items():
+        if ratio > 1 + NOISE:
+            yield f"mse, {layer}, {format}: F is {ratio:.6f} of nearest's"
+    for cell in found.values():
+        if cell.loss and not cell.loss[0] <= cell.loss[1] * (1 + NOISE):
+            yield f"{cell.method}, {cell.layer}, {cell.format}: objective {cell.loss[0]:.6g}, nearest {cell.loss[1]:.6g}"
+        if cell.errors is not None and not cell.errors.finite:
+            yield f"{cell.method}, {cell.layer}, {cell.format}: NaN"
+        if cell.failed:
+            yield f"{cell.method}, {cell.layer}, {cell.format}: {cell.failed}"
+
+
+def chosen(text: str, known: Sequence[str]) -> list[str]:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise SystemExit(f"unknown {', '.join(unknown)}; known are {', '.join(known)}")
+    return names
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Errors of rounding methods on single layers.")
+    parser.add_argument("--layers", default=",".join(LAYERS))
+    parser.add_argument("--formats", default=",".join(FORMATS))
+    parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument("--cache", help="JSON file that keeps the peer's results")
+    parser.add_argument("--envs", type=Path, default=default_envs(), help="folder of the peer's environment (peers.py)")
+    parser.add_argument("--no-peer", action="store_true")
+    parser.add_argument("--json", help="where to write the figures")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    layers = make_layers(chosen(args.layers, LAYERS))
+    formats, methods = chosen(args.formats, FORMATS), [name for name in args.methods.split(",") if name]
+    cache, found = Cache.open(args.cache), {}
+    for layer in layers:
+        judge = Judge(layer)
+        if not args.no_peer:
+            run_peer(layer, formats, judge, args.envs, cache)
+            for format in formats:
+                found[layer.name, format, PEER] = peer_cell(layer, format, cache)
+        for cell in cells(layer, formats, methods, judge):
+            found[cell.layer, cell.format, cell.method] = cell
+            print(f"  {cell.layer}, {cell.format}, {cell.method}: {cell}", file=sys.stderr, flush=True)
+    shown = [*([] if args.no_peer else [PEER]), *methods]
+    print("F / P / O (CPU seconds); * nothing better than the start was found\n")
+    print(errors_table(found, shown))
+    for to in [name for name in (PEER, "nearest") if name in shown]:
+        print(f"\nGeometric means of F / P / O, and how many times less CPU time:\n\n{summary_table(found, shown, to)}")
+    print("\nTargets missed:")
+    missed = list(misses(found))
+    print("\n".join(f"- {line}" for line in missed) or "- none")
+    save_json(args.json, {"machine": machine(), "cells": [asdict(cell) for cell in found.values()], "missed": missed})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
