@@ -37,6 +37,15 @@ def format_of(name: str) -> Format:
     return make_format(kind, scaling or None, BLOCK if scaling == "block" else None)
 
 
+def chosen(text: str, known: Sequence[str]) -> list[str]:
+    """Comma-separated names; ends the program when one is unknown."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise SystemExit(f"unknown {', '.join(unknown)}; known are {', '.join(known)}")
+    return names
+
+
 # -- layers ------------------------------------------------------------------------------------------------------------
 
 
@@ -108,19 +117,21 @@ def minilm_layers(names: Sequence[str], sentences: int = 420) -> dict[str, tuple
     return {name: (modules[name].weight.detach().clone(), *captured[name]) for name in names}
 
 
-def generated(rows: int, columns: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def generated(
+    rows: int, columns: int, tokens: int, device: torch.device | str = "cpu"
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Singular values that fall as i^-0.6, one column in 128 eight times as large; inputs of which half the energy
     lies along the leading right singular vectors, falling alike, and half is white."""
-    generator = torch.Generator().manual_seed(rows * 31 + columns)
+    generator = torch.Generator(device).manual_seed(rows * 31 + columns)
 
     def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator)
+        return torch.randn(*shape, generator=generator, device=device)
 
     rank = min(rows, columns)
     left, right = (torch.linalg.qr(normal(size, rank))[0] for size in (rows, columns))
-    values = torch.arange(1, rank + 1, dtype=torch.float32) ** -0.6
+    values = torch.arange(1, rank + 1, dtype=torch.float32, device=device) ** -0.6
     weight = (left * values) @ right.T
-    weight[:, torch.randperm(columns, generator=generator)[: columns // 128]] *= 8
+    weight[:, torch.randperm(columns, generator=generator, device=device)[: columns // 128]] *= 8
     aligned = (normal(tokens, rank) * values) @ right.T
     white = normal(tokens, columns)
     x = aligned * (white.norm() / aligned.norm()) + white
@@ -149,14 +160,24 @@ class Errors:
         return all(value == value and value < float("inf") for value in vars(self).values())
 
 
+def leading_vectors(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Float32 (m, k) and (n, k) singular vectors, exact to float32: by the smaller Gram matrix in float64."""
+    if weight.shape[0] > weight.shape[1]:
+        right, left = leading_vectors(weight.T)
+        return left, right
+    double = weight.double()
+    _, vectors = torch.linalg.eigh(double @ double.T)
+    left = vectors[:, -rank_of((weight.shape[0], weight.shape[1]), TOP_P, MIN_K, MAX_K) :]
+    right = torch.nn.functional.normalize(double.T @ left, dim=0)
+    return left.float(), right.float()
+
+
 class Judge:
     """Measures errors of one layer; its singular vectors are found once."""
 
     def __init__(self, layer: Layer, inputs: torch.Tensor | None = None) -> None:
         self.weight, self.inputs = layer.weight, layer.held_out if inputs is None else inputs
-        left, _, right = torch.linalg.svd(layer.weight, full_matrices=False)
-        k = rank_of((layer.weight.shape[0], layer.weight.shape[1]), TOP_P, MIN_K, MAX_K)
-        self.left, self.right = left[:, :k], right[:k].T
+        self.left, self.right = leading_vectors(layer.weight)
         self.norm, self.output = float(self.weight.norm()), float((self.inputs @ self.weight.T).norm())
 
     def errors(self, values: torch.Tensor) -> Errors:

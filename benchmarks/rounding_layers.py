@@ -4,9 +4,10 @@
     python benchmarks/rounding_layers.py [--layers query,1024x1024] [--formats "nvfp4,fp8 row"] [--methods mse,learned]
                                          [--cache peer.json] [--envs DIR] [--no-peer] [--json FILE]
 
-F = ||E|| / ||W||, P = ||U_k^T E V_k|| / ||W|| with exact singular vectors of W, O = ||X E^T|| / ||X W^T|| on inputs X that
-took no part, E being stored minus original weight. Inputs of MiniLM's layers are real activations of generated English
-sentences: every other sentence makes the statistics, the rest judges. All weights are decoded from codes and scales.
+F = ||E|| / ||W||, P = ||U_k^T E V_k|| / ||W|| with exact singular vectors of W, O = ||X E^T|| / ||X W^T|| on inputs X
+that took no part, E being stored minus original weight. Inputs of MiniLM's layers are real activations of generated
+English sentences: every other sentence makes the statistics, the rest judges. All weights are decoded from codes and
+scales.
 
 convert-to-quant runs its own learned rounding with its command line's defaults (prodigy, 4000 iterations, plateau,
 top_p 0.2, k 256 to 1280) in an environment of its own (peers.py), one thread; its stored tensors are decoded by
@@ -30,7 +31,18 @@ from typing import Any
 import torch
 from measure import HERE, machine, save_json, table
 from peers import CONVERT_TO_QUANT_PROGRAM, create, default_envs
-from rounding_cases import FORMATS, LAYERS, METHODS, Errors, Judge, Layer, decoded_peer, make_layers, round_matrix
+from rounding_cases import (
+    FORMATS,
+    LAYERS,
+    METHODS,
+    Errors,
+    Judge,
+    Layer,
+    chosen,
+    decoded_peer,
+    make_layers,
+    round_matrix,
+)  # fmt: skip
 from rounding_peer import DEFAULTS
 from safetensors.torch import load_file, save_file
 
@@ -220,19 +232,12 @@ def misses(found: Found) -> Iterator[str]:
             yield f"mse, {layer}, {format}: F is {ratio:.6f} of nearest's"
     for cell in found.values():
         if cell.loss and not cell.loss[0] <= cell.loss[1] * (1 + NOISE):
-            yield f"{cell.method}, {cell.layer}, {cell.format}: objective {cell.loss[0]:.6g}, nearest {cell.loss[1]:.6g}"
+            ours, plain = cell.loss
+            yield f"{cell.method}, {cell.layer}, {cell.format}: objective {ours:.6g}, nearest {plain:.6g}"
         if cell.errors is not None and not cell.errors.finite:
             yield f"{cell.method}, {cell.layer}, {cell.format}: NaN"
         if cell.failed:
             yield f"{cell.method}, {cell.layer}, {cell.format}: {cell.failed}"
-
-
-def chosen(text: str, known: Sequence[str]) -> list[str]:
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise SystemExit(f"unknown {', '.join(unknown)}; known are {', '.join(known)}")
-    return names
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -21,8 +21,9 @@ THINGS = (
     "a map of the city", "the violin", "several complaints", "a small telescope", "the invoice", "warm blankets",
 )  # fmt: skip
 VERBS = (
-    "bought", "returned", "forgot", "asked for", "repaired", "described", "found", "sold", "painted", "lost", "paid for",
-    "carried", "complained about", "inherited", "borrowed", "photographed", "hid", "inspected", "ordered", "threw away",
+    "bought", "returned", "forgot", "asked for", "repaired", "described", "found", "sold", "painted", "lost",
+    "paid for", "carried", "complained about", "inherited", "borrowed", "photographed", "hid", "inspected", "ordered",
+    "threw away",
 )  # fmt: skip
 PLACES = (
     "at the railway station", "in the kitchen", "near the harbour", "behind the church", "in a small town in Portugal",
@@ -51,8 +52,8 @@ ADJECTIVES = (
 )  # fmt: skip
 SUBJECTS = (
     "the hotel", "this phone", "the second season", "the soup", "their customer service", "the museum", "the new album",
-    "that restaurant", "the battery", "the museum's guided tour", "the novel", "the train to Vienna", "the software update",
-    "the concert", "the apartment", "the vacuum cleaner",
+    "that restaurant", "the battery", "the museum's guided tour", "the novel", "the train to Vienna",
+    "the software update", "the concert", "the apartment", "the vacuum cleaner",
 )  # fmt: skip
 TASKS = (
     "renew a passport", "remove red wine from a carpet", "train a puppy", "cook rice without a pot lid",

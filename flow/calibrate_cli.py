@@ -39,16 +39,17 @@ _OPTIONS = [
                  help="Where statistics go. A store that exists is added to."),
     click.option("--tokens", type=int, default=32768, show_default=True, metavar="N", help="How many, in all."),
     click.option("--sequence-length", type=int, default=256, show_default=True, metavar="N",
-                 help="Tokens in one sequence; fewer where the model takes fewer."),
+                 help="Tokens in the longest sequences, fewer where the model takes fewer. Shorter ones, by powers of "
+                 "two down to 16, get as many tokens: what a layer is given depends on how long a text is."),
     click.option("--batch-size", type=int, default=8, show_default=True, metavar="N",
-                 help="Sequences that the model sees at a time."),
+                 help="Longest sequences that the model sees at a time."),
     click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Of everything random."),
     click.option("--device", default="cpu", show_default=True, metavar="DEVICE", help="cpu, cuda or cuda:0."),
     click.option("--memory", metavar="SIZE",
                  help="For matrices of one pass, such as 8GB; fewer bytes, more passes. Default: half of what the "
                  "device has free."),
     click.option("--diagonal", is_flag=True,
-                 help="Keep E[x^2] of every channel only: kilobytes instead of gigabytes, and no calibrated rounding."),
+                 help="Keep E[x^2] of every channel only: kilobytes instead of gigabytes, and rounding gains less."),
 ]  # fmt: skip
 
 

@@ -68,7 +68,7 @@ class LanguageModel:
         return self._batches(random_ids(vocabulary, frame, amount, seed), amount), []
 
     def _batches(self, sequences: list[Any], amount: Amount) -> list[dict[str, Any]]:
-        batches = batched(sequences, amount.batch_size)
+        batches = batched(sequences, amount.batch_size * amount.sequence_length)
         if getattr(self.config, "is_encoder_decoder", False):
             return [{**batch, "decoder_input_ids": batch["input_ids"]} for batch in batches]
         return batches

@@ -2,6 +2,10 @@
 
 Random ids are no language, but what a layer is given comes mostly from the model itself: norms, residual streams and
 attention see to it. Measured end to end they bring most of what real text brings, and more than text of another domain.
+
+Sequences are of many lengths: a model is given short texts and long ones, and what a token is mixed with depends on how
+many there are. MiniLM in NVFP4, rounded with 16384 random tokens, against float32 on short sentences (mean cosine;
+.9795 without statistics): all of 512 tokens .9820, of 256 .9834, of 32 .9886; mixed from 16 to 256 .9887.
 """
 
 from __future__ import annotations
@@ -20,7 +24,9 @@ if TYPE_CHECKING:
 _CHARACTERS = 16
 """Of a text, this many characters are read for each token that is wanted; the rest only if they give too few."""
 _SHORTEST = 8
-"""A last sequence of fewer tokens is left out."""
+"""Of a sequence, at least this many tokens are no special ones."""
+_SMALLEST = 16
+"""Length of the shortest sequences."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +35,9 @@ class Amount:
 
     tokens: int
     sequence_length: int
+    """Of the longest sequences; every power of two from 16 on gets as many tokens."""
     batch_size: int
+    """Longest sequences that the model sees at a time; shorter ones to as many tokens."""
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -102,27 +110,37 @@ def text_ids(path: str | Path, tokenizer: Any, frame: Frame, amount: Amount) -> 
     return sequences, short
 
 
-def batched(sequences: Sequence[torch.Tensor], size: int) -> list[dict[str, torch.Tensor]]:
-    """Batches ``input_ids`` (b, t) of sequences of one length each, in order: nothing is padded."""
+def batched(sequences: Sequence[torch.Tensor], tokens: int) -> list[dict[str, torch.Tensor]]:
+    """Batches ``input_ids`` (b, t) of at most ``tokens`` (or one sequence) of one length each: nothing is padded."""
     import torch
 
-    groups: list[list[torch.Tensor]] = []
+    by_length: dict[int, list[torch.Tensor]] = {}
     for sequence in sequences:
-        if not groups or len(groups[-1]) == size or len(groups[-1][0]) != len(sequence):
-            groups.append([])
-        groups[-1].append(sequence)
-    return [{"input_ids": torch.stack(group)} for group in groups]
+        by_length.setdefault(len(sequence), []).append(sequence)
+    batches: list[dict[str, torch.Tensor]] = []
+    for length, group in sorted(by_length.items(), reverse=True):  # the largest batch first: memory runs out at once
+        size = max(1, tokens // length)
+        batches += [{"input_ids": torch.stack(group[at : at + size])} for at in range(0, len(group), size)]
+    return batches
 
 
 def _lengths(amount: Amount, frame: int) -> list[int]:
-    """Ids without frame in every sequence."""
-    if amount.sequence_length <= frame:
+    """Ids without frame in every sequence: all lengths in turn, so that each has as many tokens up to any point."""
+    longest = amount.sequence_length
+    if longest <= frame:
         raise UsageError(
-            f"sequences of {count(amount.sequence_length, 'token')} leave no room beside {frame} special tokens; "
+            f"sequences of {count(longest, 'token')} leave no room beside {frame} special tokens; "
             "raise --sequence-length"
         )
-    full, rest = divmod(amount.tokens, amount.sequence_length)
-    lengths = [amount.sequence_length - frame] * full
-    if rest - frame >= _SHORTEST or not lengths:
-        lengths.append(max(1, rest - frame))
+    powers = [_SMALLEST << step for step in range(longest.bit_length())]
+    used = dict.fromkeys([*(size for size in powers if frame + _SHORTEST <= size < longest), longest], 0)
+    left, lengths = amount.tokens, list[int]()
+    while left > 0:
+        size = min(used, key=lambda size: used[size])
+        taken = min(size, left)
+        if lengths and taken < size and taken < frame + _SHORTEST:
+            break
+        lengths.append(max(1, taken - frame))
+        used[size] += size
+        left -= taken
     return lengths

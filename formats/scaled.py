@@ -147,7 +147,7 @@ class Int8(ScaledFormat):
 
     element: ClassVar[Element] = INT8
     code_dtype: ClassVar[str] = "I8"
-    clips: ClassVar[tuple[float, ...]] = tuple(step / 100 for step in (*range(98, 69, -2), *range(67, 30, -3)))
+    clips: ClassVar[tuple[float, ...]] = tuple(step / 100 for step in (*range(98, 88, -2), *range(88, 30, -3)))
 
     def whole(self, stats: Stats, search: bool) -> torch.Tensor:
         return divide(_safe(stats.amax), self.element.largest)

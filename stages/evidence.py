@@ -62,7 +62,7 @@ class Evidence:
         if name not in self.statistics:
             return None
         statistics = self.statistics
-        amax = statistics.amax(name) if wanted == "amax" else statistics.percentile(name, float(wanted[1:]) / 100)
+        amax = statistics.amax(name) if wanted == "amax" else statistics.percentile(name, float(wanted[1:]))
         largest = fmt.element.largest * (E4M3.largest if fmt.name == "nvfp4" else 1.0)
         return max(amax, TINY) / largest
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from typing import ClassVar
 
 import torch
 
@@ -32,6 +33,9 @@ def memory_of_rows(shape: tuple[int, int]) -> int:
 
 class _Solver(ABC):
     """What both solvers share: ranges of rows, and where their columns and scales lie."""
+
+    projection: ClassVar[None] = None
+    """Subspaces of the weight play no part."""
 
     def __init__(self, problem: Problem, order: torch.Tensor, unit: torch.Tensor) -> None:
         self.problem, self.order, self.unit = problem, order, unit
@@ -67,7 +71,7 @@ class _Solver(ABC):
         """Rows that are worked on at a time: whole tiles."""
         m, n = self.problem.weight.shape
         multiple = self.problem.format.rows_multiple
-        step = max(1, _PANEL // (n * multiple)) * multiple
+        step = max(1, _PANEL // (n * multiple * self.problem.split)) * multiple
         for start in range(0, m, step):
             yield slice(start, min(start + step, m))
 
@@ -76,14 +80,17 @@ class _Solver(ABC):
         return rows.T.index_select(0, self.order)
 
     def search_tensor(self, importance: torch.Tensor, ratios: tuple[float, ...]) -> torch.Tensor:
-        """Float32 (): the peak of the least weighted squared error of the whole tensor."""
+        """Float32 (): the peak of the least weighted squared error of the whole tensor.
+
+        A sample will not do: what decides is the few large weights.
+        """
         weight = self.problem.weight
         peaks = weight.abs().amax() * torch.tensor(ratios, device=weight.device)
         found = []
         for rows in self.ranges():
             x = self.turned(weight[rows])
-            shape = (1, x.shape[1])
-            found.append(torch.cat([self.scaling.errors(x, peak.expand(shape), importance) for peak in peaks.unbind()]))
+            errors = [self.scaling.errors(x, peak.expand(1, x.shape[1]), importance) for peak in peaks.unbind()]
+            found.append(torch.cat(errors))
         return peaks.take(tree_sum_(torch.cat(found, 1)).argmin())
 
     @abstractmethod
@@ -123,9 +130,15 @@ class FeedbackSolver(_Solver):
         found = []
         for rows in self.ranges():
             x = self.turned(weight[rows])
-            panels = (feed_back(x, peak.expand(1, len(x[0])), self.factor, self.scaling) for peak in peaks.unbind())
-            found.append(torch.stack([self.losses(panel.error) for panel in panels]))
+            found.append(torch.stack([self.losses(self.tried(x, peak).error) for peak in peaks.unbind()]))
         return peaks.take(tree_sum_(torch.cat(found, 1)).argmin())
+
+    def tried(self, x: torch.Tensor, peak: torch.Tensor) -> Panel:
+        """Rounded under one peak () for all, as far as it takes to tell peaks apart: one sweep."""
+        panel = feed_back(x, peak.expand(1, x.shape[1]), self.factor, self.scaling)
+        if self.sweeps:
+            sweep_(panel, self.factor, self.scaling)
+        return panel
 
     def round(self, x: torch.Tensor, peak: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         panel = self.first(x) if peak is None else feed_back(x, peak, self.factor, self.scaling)

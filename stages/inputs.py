@@ -43,7 +43,7 @@ class Inputs:
 
     def mean(self, device: torch.device) -> torch.Tensor:
         """Float32 (n,): E[x], in the layer's own basis."""
-        return opened(self.path).mean(self.layer).to(device)
+        return opened(self.path).mean(self.layer, device)
 
     def _load(self, columns: int, device: torch.device) -> Moments:
         found = opened(self.path).moments(self.layer, str(device))

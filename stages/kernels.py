@@ -5,7 +5,6 @@ flips. Each does what the function of the same name does on a CPU, in the same u
 
 from __future__ import annotations
 
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -158,13 +157,13 @@ def _multipliers(peak, whole, NVFP4: tl.constexpr):
 
 
 @triton.jit
-def _choose(target, origin, coupling, moves, peaks, ratios, cost, whole, r, ld, ldo, ldc, ldp,
+def _choose(target, origin, coupling, moves, peaks, ratios, cost, whole, candidates, r, ld, ldo, ldc, ldp,
             B: tl.constexpr, G: tl.constexpr, K: tl.constexpr, R: tl.constexpr, NVFP4: tl.constexpr,
             LARGEST: tl.constexpr, UNIFORM: tl.constexpr, SMALLEST: tl.constexpr, SHIFT: tl.constexpr):  # fmt: skip
     rows = tl.program_id(0) * R + tl.arange(0, R)
     inside = (rows < r)[None, :]
     place = tl.arange(0, G)
-    ratio = tl.load(ratios + tl.arange(0, K))
+    ratio = tl.load(ratios + tl.minimum(tl.arange(0, K), candidates - 1))  # the last again never wins over itself
     shared = tl.load(whole)
     for start in range(0, B, G):
         part = start + place
@@ -209,20 +208,14 @@ def cascade_(target: torch.Tensor, origin: torch.Tensor, coupling: torch.Tensor,
         _walk[grid](target, origin, coupling, moves, inverse, multiplier, *strides[:4], inverse.stride(0),
                     B=width, G=group, S=_STRIP, R=_ROWS, **element)  # fmt: skip
         return moves
-    ratios = _candidates(choice.ratios, target.device)
+    ratios, candidates = choice.ratios, len(choice.ratios)
     whole = ratios if scaling.whole is None else scaling.whole
-    _choose[grid](target, origin, coupling, moves, peak, ratios, choice.cost, whole, *strides,
-                  B=width, G=group, K=len(ratios), R=_ROWS, NVFP4=scaling.format.name == "nvfp4", **element)  # fmt: skip
+    _choose[grid](target, origin, coupling, moves, peak, ratios, choice.cost, whole, candidates, *strides,
+                  B=width, G=group, K=triton.next_power_of_2(candidates), R=_ROWS,
+                  NVFP4=scaling.format.name == "nvfp4", **element)  # fmt: skip
     return moves
 
 
 def chooses(fmt: Format) -> bool:
     """Whether ``cascade_`` knows how to choose the scales of a format while it goes on."""
     return fmt.name in ("mxfp8", "nvfp4")
-
-
-@cache
-def _candidates(ratios: tuple[float, ...], device: torch.device) -> torch.Tensor:
-    """A power of two of them: the first is repeated, which never wins over itself."""
-    missing = triton.next_power_of_2(len(ratios)) - len(ratios)
-    return torch.tensor(ratios + ratios[:1] * missing, dtype=torch.float32, device=device)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -14,6 +16,12 @@ from .inputs import Inputs
 from .methods import Method, Problem, Rounded
 from .quality import Measure, Quality, row_ranges
 from .work import Chunk, Environment, LayerPlan, Work
+
+
+_log = logging.getLogger(__name__)
+
+_MOST_SPLIT = 64
+_WAIT_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
@@ -43,7 +51,7 @@ class Solve:
             moments = None if self.inputs is None else self.inputs.moments(columns, weight.device)
             whole = None if work.whole is None else torch.tensor(work.whole, device=weight.device)
             problem = Problem(work.plan.layer.name, weight, fmt, scales, whole, moments)
-            rounded, work.quality = solve(self.method, problem)
+            rounded, work.quality = solve_in_memory(self.method, problem)
             work.squared_error, work.squared_weight = work.quality.stored.weight**2, 1.0
             for rows in row_ranges(weight, fmt.rows_multiple):
                 part = fmt.rows(rounded.scales, rows.start, rows.stop)
@@ -60,6 +68,20 @@ class Solve:
         groups = math.prod(fmt.scale_shape((rows, columns)))
         statistics = 8 * columns**2 if self.inputs else 0
         return 12 * rows * columns + 24 * groups + self.method.memory((rows, columns)) + statistics
+
+
+def solve_in_memory(method: Method, problem: Problem) -> tuple[Rounded, Quality]:
+    """``solve``, again with ranges of rows half as large when a device is out of memory."""
+    while True:
+        try:
+            return solve(method, problem)
+        except torch.OutOfMemoryError:
+            if problem.split >= _MOST_SPLIT:
+                raise
+            _log.info("%s: out of memory on %s, rows split in %d", problem.name, problem.weight.device, problem.split * 2)
+        torch.cuda.empty_cache()
+        time.sleep(_WAIT_SECONDS)  # other tasks hold what is missing, and some are about to end
+        problem = replace(problem, split=problem.split * 2)
 
 
 def solve(method: Method, problem: Problem) -> tuple[Rounded, Quality]:

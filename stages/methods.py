@@ -33,6 +33,8 @@ class Problem:
     """Float32 (): NVFP4's scale of the tensor, which stays as it is; for scaling ``tensor`` the scale itself."""
     moments: Moments | None = None
     """Statistics of the layer's inputs, padded to n, in the basis of ``weight``."""
+    split: int = 1
+    """Methods that work on ranges of rows make them this many times smaller: a device ran out of memory."""
 
 
 @dataclass(frozen=True)

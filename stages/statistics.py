@@ -6,8 +6,8 @@ path and digest alone: plans travel to workers, which open the store again and r
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,15 @@ class Moments:
     mean: torch.Tensor
     """Float32 (n,): E[x]."""
     tokens: int
+    made: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
+    """What was computed from them last, for the next layer that has the same inputs."""
+
+    def derived(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What ``make`` gives, kept until something else is asked for."""
+        if key not in self.made:
+            self.made.clear()  # before the next is made: two of them need not fit
+            self.made[key] = make()
+        return self.made[key]
 
 
 class Statistics:
@@ -123,6 +132,14 @@ class Statistics:
         if not (diagonal.isfinite().all() and mean.isfinite().all()):
             raise CheckpointError(f"{self.path}: statistics of {name!r} are missing in part; calibrate again")
         return Moments(hessian, mean, entry.tokens)
+
+    def mean(self, name: str, device: torch.device | str = "cpu") -> torch.Tensor:
+        """Float32 (n,): E[x], without reading H."""
+        import torch
+
+        from .statistics_store import read_estimate
+
+        return read_estimate(Path(self.path), self._entry(name)).mean.to(device, torch.float32)
 
     def diagonal(self, name: str, device: torch.device | str = "cpu") -> torch.Tensor:
         """Float32 (n,): E[x^2] of every channel, without reading H."""

