@@ -39,6 +39,7 @@ from quantloom import Pipeline
 from quantloom.formats.format import Format
 from quantloom.stages.calibrated import Calibrated
 from quantloom.stages.estimates import Estimate
+from quantloom.stages.factor import factorise
 from quantloom.stages.gradient import Gradient
 from quantloom.stages.histogram import count
 from quantloom.stages.learned import Learned
@@ -65,7 +66,7 @@ class Timed:
     what: str
     milliseconds: float
     peak: float
-    """Largest allocation on the GPU, in 1e6 bytes, weight and H included."""
+    """Largest allocation on the GPU beyond what was there (inputs, weight, H), in 1e6 bytes."""
     errors: Errors | None = None
 
     def cells(self) -> list[str]:
@@ -84,12 +85,14 @@ class Clock:
             torch.cuda.synchronize(self.device)
 
     def __call__(self, call: Callable[[], Any], repeats: int = REPEATS, warm: int = WARM) -> tuple[float, float, Any]:
-        """Median milliseconds, peak in 1e6 bytes, and what the last call gave."""
+        """Median milliseconds, peak in 1e6 bytes beyond what was there, and what the last call gave."""
         for _ in range(warm):
             call()
         self.sync()
+        before = 0
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
+            before = torch.cuda.memory_allocated(self.device)
         found, result = [], None
         for _ in range(repeats):
             result = None  # what the last call gave is no memory of this one's
@@ -98,8 +101,8 @@ class Clock:
             result = call()
             self.sync()
             found.append(1e3 * (time.perf_counter() - began))
-        peak = torch.cuda.max_memory_allocated(self.device) / 1e6 if self.device.type == "cuda" else 0.0
-        return statistics.median(found), peak, result
+        peak = torch.cuda.max_memory_allocated(self.device) - before if self.device.type == "cuda" else 0
+        return statistics.median(found), peak / 1e6, result
 
 
 # -- layers ------------------------------------------------------------------------------------------------------------
@@ -147,13 +150,18 @@ class Subject:
     ) -> Iterator[Timed]:
         """The method in its parts."""
         method, quick, thorough = Calibrated(), Calibrated(sweeps=0), Calibrated(sweeps=2)
-        factor = method.factor(problem)
-        assert factor is not None
-        yield self.timed("calibrated: factor", lambda: method.factor(problem))
-        yield self.timed("calibrated: rounding, 0 sweeps", lambda: quick.solver(problem, factor).solve(start), stored)
-        yield self.timed("calibrated: rounding, 2 sweeps", lambda: thorough.solver(problem, factor).solve(start), stored)
-        yield self.timed("calibrated: factor and 2 sweeps", lambda: thorough.solver(problem).solve(start))
-        yield self.timed("calibrated: whole", lambda: solve(method, problem)[0], stored)
+        moments, group = problem.moments, problem.format.block_size or 1
+        assert moments is not None
+
+        def fresh() -> Problem:
+            """Without the factor that a run before has left."""
+            return replace(problem, moments=replace(moments, made={}))
+
+        yield self.timed("calibrated: factor", lambda: factorise(moments.hessian, 0.05, group))
+        yield self.timed("calibrated: rounding, 0 sweeps", lambda: quick.solver(problem).solve(start), stored)
+        yield self.timed("calibrated: rounding, 2 sweeps", lambda: thorough.solver(problem).solve(start), stored)
+        yield self.timed("calibrated: factor and 2 sweeps", lambda: thorough.solver(fresh()).solve(start))
+        yield self.timed("calibrated: whole", lambda: solve(method, fresh())[0], stored)
 
 
 def _plain(fmt: Format, weight: torch.Tensor, search: bool) -> torch.Tensor:
@@ -347,6 +355,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.reference:
         sys.path.append(args.reference)  # last: torch stays ours
     device = torch.device(args.device)
+    if device.type == "cpu":
+        torch.set_num_threads(1)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     print(f"{name}, torch {torch.__version__}", flush=True)
     rows: list[Timed] | list[Conversion]
@@ -354,7 +364,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         heads = ["format", "rounding", "s", "to the first", "GB/s", "GPU busy", "peak GPU MB"]
         rows = _collected(conversions(args, device))
     else:
-        heads = ["shape", "format", "what", "ms", "peak GPU MB", "F / P / O"]
+        heads = ["shape", "format", "what", "ms", "GPU MB", "F / P / O"]
         rows = _collected(layer_rows(args, device))
     print("\n" + table(heads, [row.cells() for row in rows]))
     save_json(args.json, {"machine": {**machine(), "device": name}, "rows": [asdict(row) for row in rows]})

@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,8 @@ def converter(name: str, optimizer: str, device: str, **options: Any) -> Any:
 def convert(weight: torch.Tensor, name: str, optimizer: str = "prodigy", **options: Any) -> dict[str, torch.Tensor]:
     """What it would store for a float32 weight, on the weight's device. Seeded: its subspaces are drawn at random."""
     torch.manual_seed(0)
-    made = converter(name, optimizer, str(weight.device), **options).convert(weight, key="layer")
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        made = converter(name, optimizer, str(weight.device), **options).convert(weight, key="layer")
     stored = {"codes": made[0], "scales": made[1]}
     if name == "nvfp4":
         stored["whole"] = made[2]
@@ -65,19 +67,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     weight = load_file(args.weight)["weight"]
-    said = sys.stdout
     for name in args.formats.split(","):
         line: dict[str, Any] = {"format": name}
-        with redirect_stdout(sys.stderr):
-            try:
-                convert(weight[:BLOCK, :BLOCK].contiguous(), name, args.optimizer, num_iter=2)  # imports, first calls
-                began = time.process_time()
-                stored = convert(weight.clone(), name, args.optimizer)
-                line["seconds"] = time.process_time() - began
-                save_file({key: tensor.cpu() for key, tensor in stored.items()}, args.out / f"{name}.safetensors")
-            except Exception as error:  # whatever it fails with is the result
-                line["failed"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-        print(json.dumps(line), file=said, flush=True)
+        try:
+            convert(weight[:BLOCK, :BLOCK].contiguous(), name, args.optimizer, num_iter=2)  # imports, first calls
+            began = time.process_time()
+            stored = convert(weight.clone(), name, args.optimizer)
+            line["seconds"] = time.process_time() - began
+            save_file({key: tensor.cpu() for key, tensor in stored.items()}, args.out / f"{name}.safetensors")
+        except Exception as error:  # whatever it fails with is the result
+            line["failed"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        print(json.dumps(line), flush=True)
     return 0
 
 

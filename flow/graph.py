@@ -36,8 +36,11 @@ def receipt_keys(plan: LayerPlan) -> list[Key]:
 def stage_graph(layers: Sequence[LayerPlan], environment: Environment) -> Graph:
     """The whole graph, before fusion."""
     graph: Graph = {}
+    before: LayerPlan | None = None
     for plan in layers:
-        graph.update(_layer_graph(plan, environment))
+        together = before is not None and plan.affinity and plan.affinity == before.affinity
+        graph.update(_layer_graph(plan, environment, receipt_keys(before)[-1] if together and before else None))
+        before = plan
     return graph
 
 
@@ -49,7 +52,8 @@ def _part_name(part: tuple[int, int]) -> tuple[str, ...]:
     return () if part[0] == 0 else (f"rows {part[0]}",)
 
 
-def _layer_graph(plan: LayerPlan, environment: Environment) -> Graph:
+def _layer_graph(plan: LayerPlan, environment: Environment, after: Key | None = None) -> Graph:
+    """The nodes of one layer; it begins once the node ``after`` is done, whose layer it shares something with."""
     name = plan.layer.name
     graph: Graph = {}
     shared = _shared_scale(plan)
@@ -60,7 +64,8 @@ def _layer_graph(plan: LayerPlan, environment: Environment) -> Graph:
         for index, step in enumerate(plan.steps):
             key = (step.name, name, *suffix)
             if index == 0:
-                graph[key] = Task(key, start, plan, part, environment, step)
+                waits = () if after is None else (TaskRef(after),)
+                graph[key] = Task(key, start, plan, part, environment, step, *waits)
             elif shared is not None and isinstance(step, Scale):
                 amax_key = ("amax", name, *suffix)
                 graph[amax_key] = Task(amax_key, part_amax, step, above)
@@ -159,8 +164,10 @@ def _fuse_parts(plan: LayerPlan, nodes: Graph, graph: Graph, run_id: str) -> lis
 # What the nodes call. They run in workers.
 
 
-def start(plan: LayerPlan, rows: tuple[int, int], environment: Environment, step: Step) -> Work:
-    """A fresh work with the first step's stream."""
+def start(
+    plan: LayerPlan, rows: tuple[int, int], environment: Environment, step: Step, _after: Receipt | None = None
+) -> Work:
+    """A fresh work with the first step's stream. Whatever it waited for is done."""
     prepare_thread(environment)
     work = Work(plan, rows, environment, started=time.perf_counter())
     return step.run(work)

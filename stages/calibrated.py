@@ -48,19 +48,19 @@ class Calibrated:
             return self.damping
         return _DAMPING * min(_MOST, max(1.0, _ENOUGH / max(1, moments.tokens)))
 
-    def factor(self, problem: Problem) -> Factor | None:
-        """What depends on the inputs alone, and may be shared; None where only the diagonal of H is known."""
-        assert problem.moments is not None
-        hessian, damping = problem.moments.hessian, self.damping_for(problem.moments)
-        return factorise(hessian, damping, problem.format.block_size or 1) if hessian.dim() == 2 else None
+    def factor(self, moments: Moments, group: int) -> Factor:
+        """What depends on the inputs alone; layers that have them in common get the same one."""
+        damping = self.damping_for(moments)
+        factor: Factor = moments.derived((damping, group), lambda: factorise(moments.hessian, damping, group))
+        return factor
 
-    def solver(self, problem: Problem, factor: Factor | None = None) -> FeedbackSolver | DiagonalSolver:
-        """Factorises, unless ``factor`` (see there) is given."""
-        factor = factor or self.factor(problem)
-        if factor is None:
-            assert problem.moments is not None
-            return DiagonalSolver(problem, self.damping_for(problem.moments))
-        return FeedbackSolver(problem, factor, self.sweeps)
+    def solver(self, problem: Problem) -> FeedbackSolver | DiagonalSolver:
+        """Factorises the moments, unless a layer before has."""
+        moments = problem.moments
+        assert moments is not None
+        if moments.hessian.dim() == 1:
+            return DiagonalSolver(problem, self.damping_for(moments))
+        return FeedbackSolver(problem, self.factor(moments, problem.format.block_size or 1), self.sweeps)
 
     def memory(self, shape: tuple[int, int]) -> int:
         """The factor, and the rows that are worked on at a time."""

@@ -45,15 +45,23 @@ class Gradient:
     penalty: float = 0.0
     """Weight of ||E||^2 beside ||U^T E V||^2. 0: the projected error alone, at the cost of the error as a whole."""
     schedule: str = "plateau"
-    """plateau, adaptive or exponential; what follows are its options (see ``Schedule``)."""
+    """How the learning rate goes: plateau, adaptive or exponential (see ``Schedule``)."""
     gamma: float = 0.99
+    """exponential: what the rate is multiplied by at each step."""
     patience: int = 1
+    """plateau: steps without a better loss before the rate falls ..."""
     factor: float = 0.95
+    """... by this factor ..."""
     min_lr: float = 1e-4
+    """... but not below this ..."""
     cooldown: int = 0
+    """... with so many steps of rest after it."""
     threshold: float = 0.0
+    """plateau: by how much a loss must be better to count ..."""
     threshold_mode: str = "rel"
+    """... as a share of the best (rel) or as a number (abs)."""
     shape_influence: float = 1.0
+    """plateau: how far elongated matrices soften the factor, from 0 to 1."""
     stop_loss: float = 5e-9
     """Stop when the loss, as a share of ||W||, is no more than this ..."""
     stop_lr: float = 1.01e-4

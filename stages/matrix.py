@@ -17,7 +17,6 @@ from .methods import Method, Problem, Rounded
 from .quality import Measure, Quality, row_ranges
 from .work import Chunk, Environment, LayerPlan, Work
 
-
 _log = logging.getLogger(__name__)
 
 _MOST_SPLIT = 64
@@ -78,7 +77,7 @@ def solve_in_memory(method: Method, problem: Problem) -> tuple[Rounded, Quality]
         except torch.OutOfMemoryError:
             if problem.split >= _MOST_SPLIT:
                 raise
-            _log.info("%s: out of memory on %s, rows split in %d", problem.name, problem.weight.device, problem.split * 2)
+            _log.info("%s: out of memory, ranges of rows are split in %d", problem.name, problem.split * 2)
         torch.cuda.empty_cache()
         time.sleep(_WAIT_SECONDS)  # other tasks hold what is missing, and some are about to end
         problem = replace(problem, split=problem.split * 2)

@@ -18,6 +18,7 @@ from quantloom.stages.calibrated import Calibrated
 from quantloom.stages.cascade import cascade_
 from quantloom.stages.error_feedback import Panel, feed_back, losses, sweep_
 from quantloom.stages.factor import Factor, activation_order, factorise
+from quantloom.stages.feedback_solver import FeedbackSolver
 from quantloom.stages.methods import Method, Problem, Rounded
 from quantloom.stages.scale_search import Scaling
 from quantloom.stages.statistics import Moments
@@ -252,8 +253,14 @@ def test_whole_groups_move() -> None:
 
 def test_a_shared_factor_gives_the_same() -> None:
     problem, method = problem_of(NVFP4, weights()), Calibrated()
-    shared = method.solver(problem, method.factor(problem)).solve(start_of(problem))
-    assert torch.equal(shared.values, solve(problem).values)
+    assert problem.moments is not None
+    first, second = (method.solver(problem) for _ in range(2))
+    assert isinstance(first, FeedbackSolver)
+    assert isinstance(second, FeedbackSolver)
+    assert first.factor is second.factor
+    assert method.factor(problem.moments, 48) is not first.factor
+    again = method.solver(replace(problem, moments=replace(problem.moments, made={})))
+    assert torch.equal(again.solve(start_of(problem)).values, first.solve(start_of(problem)).values)
 
 
 # Scales
