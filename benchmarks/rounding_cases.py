@@ -86,7 +86,7 @@ def make_layers(names: Sequence[str]) -> list[Layer]:
     return [found[name] for name in names]
 
 
-def minilm_layers(names: Sequence[str], sentences: int = 420) -> dict[str, tuple[torch.Tensor, ...]]:
+def minilm_layers(names: Sequence[str], sentences: int = 1200) -> dict[str, tuple[torch.Tensor, ...]]:
     """Weight, inputs of the even and of the odd sentences: real activations of generated English."""
     if not names:
         return {}
@@ -120,8 +120,8 @@ def minilm_layers(names: Sequence[str], sentences: int = 420) -> dict[str, tuple
 def generated(
     rows: int, columns: int, tokens: int, device: torch.device | str = "cpu"
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Singular values that fall as i^-0.6, one column in 128 eight times as large; inputs of which half the energy
-    lies along the leading right singular vectors, falling alike, and half is white."""
+    """Singular values that fall as i^-0.6, and one column in 128 eight times as large. Inputs fall alike, along
+    directions of which each is half (in energy) the right singular vector of its place and half random."""
     generator = torch.Generator(device).manual_seed(rows * 31 + columns)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -132,9 +132,10 @@ def generated(
     values = torch.arange(1, rank + 1, dtype=torch.float32, device=device) ** -0.6
     weight = (left * values) @ right.T
     weight[:, torch.randperm(columns, generator=generator, device=device)[: columns // 128]] *= 8
-    aligned = (normal(tokens, rank) * values) @ right.T
-    white = normal(tokens, columns)
-    x = aligned * (white.norm() / aligned.norm()) + white
+    directions = normal(columns, columns) * columns**-0.5
+    directions[:rank] = (directions[:rank] + right.T) * 0.5**0.5
+    fall = torch.arange(1, columns + 1, dtype=torch.float32, device=device) ** -0.6
+    x = (normal(tokens, columns) * fall) @ directions
     return weight, x[::2].contiguous(), x[1::2].contiguous()
 
 

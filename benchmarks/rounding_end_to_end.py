@@ -11,7 +11,7 @@ statistics come from ``quantloom.calibrate``. Ideas that the product does not of
 
 - rotation: NVFP4 on weights whose rows were rotated (Hadamard), and INT8 by row as the product does it
 - asymmetric: layers in order, inputs as they are behind quantized layers; with and without the correction towards the
-  float32 model's outputs
+  float32 model's outputs, and both this and rotation
 - damping: fixed values, and chosen per layer by the output error on tokens that were held back
 - sweeps: 0 to 6 passes of coordinate descent
 - bias: b += (W - W') E[x], with centred second moments
@@ -283,8 +283,11 @@ class Sequential:
     )  # fmt: skip
     """Layers of a block, those with the same input together."""
 
-    def __init__(self, model: Model, text: Sequence[str], format: str, correction: float | None) -> None:
-        self.model, self.text, self.format, self.correction = model, text, format, correction
+    def __init__(
+        self, model: Model, text: Sequence[str], format: str, correction: float | None, rotate: bool = False
+    ) -> None:
+        self.model, self.text, self.format = model, text, format
+        self.correction, self.rotate = correction, rotate
 
     def run(self) -> Weights:
         network, model = self.model.network, self.model
@@ -302,13 +305,24 @@ class Sequential:
                 for name in names:
                     weight = model.weight(prefix + name)
                     target = weight if self.correction is None else self._corrected(weight, x, y, moments)
-                    made[f"{prefix}{name}.weight"] = rounded(prefix + name, target, self.format, "calibrated", moments)
+                    made[f"{prefix}{name}.weight"] = self._rounded(prefix + name, target, moments)
                 network.load_state_dict({**model.original, **made})
             _, behind = self._pass(block, behind, calls, masks, [])
             exact = after
         model.load({})
         made["pooler.dense.weight"] = rounded("pooler.dense", model.weight("pooler.dense"), self.format, "mse")
         return made
+
+    def _rounded(self, name: str, weight: torch.Tensor, moments: Moments) -> torch.Tensor:
+        """In the rotated basis, if wanted."""
+        group = rotation_group(weight.shape[1]) if self.rotate else None
+        if group is None:
+            return rounded(name, weight, self.format, "calibrated", moments)
+        hessian = rotate_(rotate_(moments.hessian.clone(), group).T.contiguous(), group)
+        mean = rotate_(moments.mean[None].clone(), group)[0]
+        turned = rotate_(weight.clone(), group)
+        made = rounded(name, turned, self.format, "calibrated", Moments(hessian, mean, moments.tokens))
+        return rotate_(made.contiguous(), group)
 
     def _corrected(self, weight: torch.Tensor, x: torch.Tensor, y: torch.Tensor, moments: Moments) -> torch.Tensor:
         ridge = (self.correction or 0) * moments.hessian.diagonal().mean()
@@ -401,6 +415,8 @@ class Bench:
             for correction in (None, *CORRECTIONS):
                 words = "calibrated, in order" if correction is None else f"the same, corrected, c = {correction:g}"
                 yield "nvfp4", words, SOURCES[source], Sequential(self.model, text, "nvfp4", correction).run
+        both = Sequential(self.model, self.stores.text, "nvfp4", CORRECTIONS[1], rotate=True)
+        yield "nvfp4", f"the same, corrected, c = {CORRECTIONS[1]:g}, rotated", SOURCES["english"], both.run
 
     def damping(self) -> Iterator[Planned]:
         for source in ("random", "docstrings", "english"):
@@ -415,7 +431,7 @@ class Bench:
         for format in ("nvfp4", "fp8 row"):
             for sweeps in SWEEPS:
                 options = {"rounding_options": {"sweeps": sweeps}}
-                yield self.product(format, "calibrated", "english", f", {sweeps} sweeps", **options)
+                yield self.product(format, "calibrated", "english", f", sweeps {sweeps}", **options)
 
     def bias(self) -> Iterator[Planned]:
         for method in ("nearest", "mse", "calibrated"):

@@ -11,7 +11,7 @@ scales.
 
 convert-to-quant runs its own learned rounding with its command line's defaults (prodigy, 4000 iterations, plateau,
 top_p 0.2, k 256 to 1280) in an environment of its own (peers.py), one thread; its stored tensors are decoded by
-quantloom. Its results are kept in the file named by --cache and made once. It takes 20 minutes of a core.
+quantloom. What it stores is kept beside the file named by --cache and made once. It takes 20 minutes of a core.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import argparse
 import hashlib
 import json
 import math
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -33,8 +34,10 @@ from measure import HERE, machine, save_json, table
 from peers import CONVERT_TO_QUANT_PROGRAM, create, default_envs
 from rounding_cases import (
     FORMATS,
+    GENERATED,
     LAYERS,
     METHODS,
+    REAL,
     Errors,
     Judge,
     Layer,
@@ -45,6 +48,8 @@ from rounding_cases import (
 )  # fmt: skip
 from rounding_peer import DEFAULTS
 from safetensors.torch import load_file, save_file
+
+from quantloom.stages.statistics import Moments
 
 PEER = "convert-to-quant"
 OPTIMIZER = "prodigy"
@@ -82,29 +87,34 @@ class Cell:
 class Cache:
     """What the peer made of layers, by their content."""
 
-    path: Path | None
+    path: Path
     held: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Seconds, or why it failed."""
 
     @classmethod
-    def open(cls, path: str | None) -> Cache:
-        file = Path(path) if path else None
-        return cls(file, json.loads(file.read_text()) if file and file.exists() else {})
+    def open(cls, path: Path) -> Cache:
+        return cls(path, json.loads(path.read_text()) if path.exists() else {})
 
-    def put(self, key: str, line: dict[str, Any]) -> None:
+    def tensors(self, key: str) -> Path:
+        """What it stored, in a folder beside the JSON file."""
+        return self.path.with_suffix(".d") / f"{key}.safetensors"
+
+    def put(self, key: str, line: dict[str, Any], stored: Path) -> None:
+        if stored.exists():
+            self.tensors(key).parent.mkdir(exist_ok=True)
+            shutil.copy(stored, self.tensors(key))
         self.held[key] = line
-        if self.path:
-            self.path.write_text(json.dumps(self.held, indent=1) + "\n")
+        self.path.write_text(json.dumps(self.held, indent=1) + "\n")
 
 
 def key_of(layer: Layer, format: str) -> str:
-    """Tells weights, inputs and settings apart."""
+    """Tells weights and settings apart."""
     digest = hashlib.sha256(json.dumps([OPTIMIZER, DEFAULTS, CONVERT_TO_QUANT_PROGRAM.requirements[0]]).encode())
-    for tensor in (layer.weight, layer.held_out):
-        digest.update(tensor.contiguous().numpy().tobytes())
+    digest.update(layer.weight.contiguous().numpy().tobytes())
     return f"{layer.name}, {format}, {digest.hexdigest()[:16]}"
 
 
-def run_peer(layer: Layer, formats: Sequence[str], judge: Judge, envs: Path, cache: Cache) -> None:
+def run_peer(layer: Layer, formats: Sequence[str], envs: Path, cache: Cache) -> None:
     """Has the peer round a layer in the formats that the cache lacks."""
     missing = [format for format in formats if key_of(layer, format) not in cache.held]
     if not missing:
@@ -121,20 +131,18 @@ def run_peer(layer: Layer, formats: Sequence[str], judge: Judge, envs: Path, cac
             for text in process.stdout:
                 line = json.loads(text)
                 format = line.pop("format")
-                if "failed" not in line:
-                    stored = load_file(folder / f"{format}.safetensors")
-                    values = decoded_peer(stored, format, (layer.weight.shape[0], layer.weight.shape[1]))
-                    line["errors"] = asdict(judge.errors(values))
-                cache.put(key_of(layer, format), line)
+                cache.put(key_of(layer, format), line, folder / f"{format}.safetensors")
                 print(f"  {PEER}: {layer.name}, {format}: {line}", file=sys.stderr, flush=True)
         for format in missing:
             if key_of(layer, format) not in cache.held:
-                cache.put(key_of(layer, format), {"failed": f"exit status {process.returncode}"})
+                cache.put(key_of(layer, format), {"failed": f"exit status {process.returncode}"}, folder / "none")
 
 
-def peer_cell(layer: Layer, format: str, cache: Cache) -> Cell:
-    line = cache.held[key_of(layer, format)]
-    errors = Errors(**line["errors"]) if "errors" in line else None
+def peer_cell(layer: Layer, format: str, judge: Judge, cache: Cache) -> Cell:
+    line, errors = cache.held[key_of(layer, format)], None
+    if "failed" not in line:
+        stored = load_file(cache.tensors(key_of(layer, format)))
+        errors = judge.errors(decoded_peer(stored, format, (layer.weight.shape[0], layer.weight.shape[1])))
     return Cell(layer.name, format, PEER, errors, line.get("seconds"), failed=line.get("failed", ""))
 
 
@@ -144,11 +152,11 @@ def peer_cell(layer: Layer, format: str, cache: Cache) -> Cell:
 def cells(
     layer: Layer, formats: Sequence[str], methods: Sequence[str], judge: Judge
 ) -> Iterator[Cell]:
-    """Every method in every format."""
+    """Every method in every format. Moments keep what was derived of them: each cell gets its own."""
     moments = layer.moments()
     for format in formats:
         for method in methods:
-            given = moments if method == "calibrated" else None
+            given = Moments(moments.hessian, moments.mean, moments.tokens) if method == "calibrated" else None
             result = round_matrix(layer, format, method, given)
             errors = judge.errors(result.values)
             yield Cell(layer.name, format, method, errors, result.seconds, result.loss, result.kept_start)
@@ -185,35 +193,41 @@ def ratios(found: Found, method: str, to: str, of: Callable[[Errors], float]) ->
     return result
 
 
+ORIGINS = {"MiniLM": tuple(REAL), "generated": tuple(GENERATED), "all": LAYERS}
+
 MEASURES: dict[str, Callable[[Errors], float]] = {
     "F": lambda errors: errors.weight, "P": lambda errors: errors.projected, "O": lambda errors: errors.output,
 }  # fmt: skip
 
 
 def summary_table(found: Found, methods: Sequence[str], to: str) -> str:
-    """Geometric means of F / P / O and of CPU seconds relative to a method, by format."""
-    formats = list(dict.fromkeys(format for _, format, _ in found))
+    """Geometric means of F / P / O relative to a method, by format and by where layers come from; and how many times
+    less CPU the peer's are made in."""
+    groups: dict[str, Found] = {}
+    for key, cell in found.items():
+        for group in (key[1], *(name for name, layers in ORIGINS.items() if key[0] in layers)):
+            groups[group] = {**groups.get(group, {}), key: cell}
     rows = []
-    for format in [*formats, "all"]:
-        row = [format]
+    for group in (*(name for name in groups if name not in ORIGINS), *(name for name in ORIGINS if name in groups)):
+        row = [group]
         for method in methods:
-            means = []
-            for of in MEASURES.values():
-                some = ratios(found, method, to, of)
-                means.append(geometric(ratio for (_, name), ratio in some.items() if format in (name, "all")))
-            row.append(" / ".join(f"{mean:.3f}" for mean in means) + faster(found, method, to, format))
+            means = (geometric(ratios(groups[group], method, to, of).values()) for of in MEASURES.values())
+            row.append(" / ".join(f"{mean:.3f}" for mean in means) + faster(groups[group], method, to))
         rows.append(row)
     return table([f"relative to {to}", *methods], rows)
 
 
-def faster(found: Found, method: str, to: str, format: str) -> str:
-    """How many times less CPU a method takes."""
+def faster(found: Found, method: str, to: str) -> str:
+    """How many times less CPU than the peer a method takes."""
     pairs = []
     for (layer, name, made), cell in found.items():
         other = found.get((layer, name, to))
-        if made == method and format in (name, "all") and other is not None and cell.seconds and other.seconds:
+        if made == method != to == PEER and other is not None and cell.seconds and other.seconds:
             pairs.append(other.seconds / cell.seconds)
-    return f", {geometric(pairs):.0f}x" if pairs else ""
+    if not pairs:
+        return ""
+    mean = geometric(pairs)
+    return f", {mean:.0f}x" if mean >= 10 else f", {mean:.2g}x"
 
 
 def misses(found: Found) -> Iterator[str]:
@@ -221,12 +235,16 @@ def misses(found: Found) -> Iterator[str]:
     for name in ("F", "O"):
         for (layer, format), ratio in ratios(found, "learned", PEER, MEASURES[name]).items():
             if ratio > 1:
-                yield f"learned, {layer}, {format}: {name} is {ratio:.4f} of {PEER}'s"
+                peer, plain = found[layer, format, PEER].errors, found.get((layer, format, "nearest"))
+                same = plain is not None and peer is not None and plain.errors == peer
+                said = ", which stores what nearest stores" if same else ""
+                yield f"learned, {layer}, {format}: {name} is {ratio:.4f} of {PEER}'s{said}"
     for method, name, target in (("learned", "P", TARGET_PROJECTED), ("calibrated", "O", TARGET_OUTPUT)):
-        some = ratios(found, method, PEER, MEASURES[name])
-        mean = geometric(some.values())
-        if mean > target:
-            yield f"{method}: {name} {mean:.4f} of {PEER}'s in the geometric mean of {len(some)} cells, wanted {target}"
+        for origin, layers in ORIGINS.items():
+            every = ratios(found, method, PEER, MEASURES[name])
+            some = [ratio for (layer, _), ratio in every.items() if layer in layers]
+            if (mean := geometric(some)) > target:
+                yield f"{method}, {origin}: {name} {mean:.4f} of {PEER}'s in the geometric mean, wanted {target}"
     for (layer, format), ratio in ratios(found, "mse", "nearest", MEASURES["F"]).items():
         if ratio > 1 + NOISE:
             yield f"mse, {layer}, {format}: F is {ratio:.6f} of nearest's"
@@ -240,34 +258,43 @@ def misses(found: Found) -> Iterator[str]:
             yield f"{cell.method}, {cell.layer}, {cell.format}: {cell.failed}"
 
 
+def measured(args: argparse.Namespace, formats: Sequence[str], methods: Sequence[str]) -> Found:
+    """All cells, shown as they come."""
+    found: dict[tuple[str, str, str], Cell] = {}
+    with tempfile.TemporaryDirectory() as folder:  # of a run without a cache
+        cache = Cache.open(args.cache or Path(folder) / "peer.json")
+        for layer in make_layers(chosen(args.layers, LAYERS)):
+            judge = Judge(layer)
+            if not args.no_peer:
+                run_peer(layer, formats, args.envs, cache)
+                for format in formats:
+                    found[layer.name, format, PEER] = peer_cell(layer, format, judge, cache)
+            for cell in cells(layer, formats, methods, judge):
+                found[cell.layer, cell.format, cell.method] = cell
+                print(f"  {cell.layer}, {cell.format}, {cell.method}: {cell}", file=sys.stderr, flush=True)
+    return found
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Errors of rounding methods on single layers.")
     parser.add_argument("--layers", default=",".join(LAYERS))
     parser.add_argument("--formats", default=",".join(FORMATS))
     parser.add_argument("--methods", default=",".join(METHODS))
-    parser.add_argument("--cache", help="JSON file that keeps the peer's results")
+    parser.add_argument("--cache", type=Path, help="JSON file about what the peer did; what it stored lies beside it")
     parser.add_argument("--envs", type=Path, default=default_envs(), help="folder of the peer's environment (peers.py)")
     parser.add_argument("--no-peer", action="store_true")
     parser.add_argument("--json", help="where to write the figures")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    layers = make_layers(chosen(args.layers, LAYERS))
-    formats, methods = chosen(args.formats, FORMATS), [name for name in args.methods.split(",") if name]
-    cache, found = Cache.open(args.cache), {}
-    for layer in layers:
-        judge = Judge(layer)
-        if not args.no_peer:
-            run_peer(layer, formats, judge, args.envs, cache)
-            for format in formats:
-                found[layer.name, format, PEER] = peer_cell(layer, format, cache)
-        for cell in cells(layer, formats, methods, judge):
-            found[cell.layer, cell.format, cell.method] = cell
-            print(f"  {cell.layer}, {cell.format}, {cell.method}: {cell}", file=sys.stderr, flush=True)
+    formats, methods = chosen(args.formats, FORMATS), chosen(args.methods, METHODS)
+    found = measured(args, formats, methods)
     shown = [*([] if args.no_peer else [PEER]), *methods]
     print("F / P / O (CPU seconds); * nothing better than the start was found\n")
     print(errors_table(found, shown))
     for to in [name for name in (PEER, "nearest") if name in shown]:
-        print(f"\nGeometric means of F / P / O, and how many times less CPU time:\n\n{summary_table(found, shown, to)}")
+        seconds = f", and how many times less CPU time than {to}" if to == PEER else ""
+        print(f"\nGeometric means of F / P / O{seconds}:\n")
+        print(summary_table(found, shown, to))
     print("\nTargets missed:")
     missed = list(misses(found))
     print("\n".join(f"- {line}" for line in missed) or "- none")

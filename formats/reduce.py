@@ -32,6 +32,15 @@ def tree_sum_(x: torch.Tensor) -> torch.Tensor:
     return total[..., 0]
 
 
+def sums_(x: torch.Tensor) -> torch.Tensor:
+    """Sums over the last dimension; may destroy ``x``.
+
+    Where bits need not agree between devices: on a CPU in the order of ``tree_sum_``, whatever the range of rows; a
+    GPU's own order depends on the shape alone, and takes one launch instead of twenty.
+    """
+    return tree_sum_(x) if x.device.type == "cpu" else x.sum(-1)
+
+
 def least(error: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
     """Per column of (k, n) ``candidates``, k <= 8, the one of least ``error`` >= 0.
 

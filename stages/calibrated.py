@@ -62,6 +62,6 @@ class Calibrated:
             return DiagonalSolver(problem, self.damping_for(moments))
         return FeedbackSolver(problem, self.factor(moments, problem.format.block_size or 1), self.sweeps)
 
-    def memory(self, shape: tuple[int, int]) -> int:
+    def memory(self, shape: tuple[int, int], device: str) -> int:
         """The factor, and the rows that are worked on at a time."""
-        return memory_of_factor(shape[1]) + memory_of_rows(shape)
+        return memory_of_factor(shape[1]) + memory_of_rows(shape, device)

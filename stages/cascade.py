@@ -23,6 +23,10 @@ _STRIP = 32
 """Columns of a group, at most, among which targets move one by one; from strip to strip by matrix products."""
 
 
+Steps = tuple[torch.Tensor, torch.Tensor]
+"""What weights are multiplied by, and what their codes are: see ``Scaling.steps``."""
+
+
 @dataclass(frozen=True)
 class Choice:
     """Scales that are chosen when their group is reached: the group is rounded under every candidate."""
@@ -33,31 +37,42 @@ class Choice:
     """Float32 (b,): what a squared distance from the target costs in each column."""
 
 
-def cascade_(target: torch.Tensor, origin: torch.Tensor, coupling: torch.Tensor, scaling: Scaling,
-             peak: torch.Tensor, choice: Choice | None = None) -> torch.Tensor:  # fmt: skip
+def cascade_(target: torch.Tensor, origin: torch.Tensor, coupling: torch.Tensor, element: Element,
+             steps: Steps) -> torch.Tensor:  # fmt: skip
     """Rounds ``target`` (b, r) in place, and gives the moves (b, r): what was rounded to, less ``origin`` (b, r).
 
     Column j is rounded to the grid value nearest to target_j - sum_{i<j} coupling_ji move_i; ``coupling`` (b, b) is
-    read below its diagonal. ``peak`` (groups, r) holds the scales of the block's columns, groups of equal width, and
-    with a ``choice`` receives the scales that were chosen. All tensors are float32.
+    read below its diagonal. ``steps`` (groups, r) belong to the block's columns, groups of equal width. All tensors
+    are float32.
     """
-    if (fused := kernels_for(target)) is not None and (choice is None or fused.chooses(scaling.format)):
-        moved: torch.Tensor = fused.cascade_(target, origin, coupling, scaling, peak, choice)
+    group = target.shape[0] // steps[0].shape[0]
+    if (fused := kernels_for(target, "kernels_cascade")) is not None and fused.walks(target.shape[0], group):
+        moved: torch.Tensor = fused.cascade_(target, origin, coupling, element, steps)
+        return moved
+    moves = torch.empty_like(target)
+    for part in _strips(target.shape[0], group, _STRIP):
+        if part.start:
+            target[part].addmm_(coupling[part, : part.start], moves[: part.start], alpha=-1)
+        inverse, multiplier = (step[part.start // group] for step in steps)
+        aims = target[part].mul_(inverse)
+        _columns_(aims, origin[part] * inverse, coupling[part, part], element)
+        torch.sub(aims.mul_(multiplier), origin[part], out=moves[part])
+    return moves
+
+
+def choosing_cascade_(target: torch.Tensor, origin: torch.Tensor, coupling: torch.Tensor, scaling: Scaling,
+                      peak: torch.Tensor, choice: Choice) -> torch.Tensor:  # fmt: skip
+    """``cascade_`` that chooses scales when it reaches their group, and leaves them in ``peak`` (groups, r)."""
+    if (fused := kernels_for(target, "kernels_cascade")) is not None and fused.chooses(scaling.format):
+        moved: torch.Tensor = fused.choosing_cascade_(target, origin, coupling, scaling, peak, choice)
         return moved
     moves = torch.empty_like(target)
     group = target.shape[0] // peak.shape[0]
-    for part in _strips(target.shape[0], group, group if choice else _STRIP):
+    for index, part in enumerate(_strips(target.shape[0], group, group)):
         if part.start:
             target[part].addmm_(coupling[part, : part.start], moves[: part.start], alpha=-1)
-        index = part.start // group
-        if choice:
-            here = Choice(choice.ratios, choice.cost[part])
-            _choose_(target[part], origin[part], coupling[part, part], scaling, peak[index], here)
-        else:
-            inverse, multiplier = scaling.steps(peak[index])
-            aims = target[part].mul_(inverse)
-            _columns_(aims, origin[part] * inverse, coupling[part, part], scaling.format.element)
-            aims.mul_(multiplier)
+        here = Choice(choice.ratios, choice.cost[part])
+        _choose_(target[part], origin[part], coupling[part, part], scaling, peak[index], here)
         torch.sub(target[part], origin[part], out=moves[part])
     return moves
 

@@ -9,15 +9,19 @@ Both keep to one block of columns at a time; blocks meet in matrix products. Not
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 
-from ..formats.reduce import tree_sum_
-from .cascade import WIDTH, Choice, cascade_
+from ..formats.reduce import sums_
+from .cascade import WIDTH, Choice, cascade_, choosing_cascade_
 from .factor import Factor
+from .products import Operand, precise
 from .scale_search import Scaling
+
+_RUN = 4
+"""Blocks that get what lies outside them in one product: wide ones are what GPUs are fast at."""
 
 
 @dataclass
@@ -28,47 +32,104 @@ class Panel:
     """(n, r), never written to."""
     values: torch.Tensor
     """(n, r): the weights as rounded."""
-    error: torch.Tensor
+    error: Operand
     """(n, r): values - weight."""
     peak: torch.Tensor
     """(G, r): the scales, as in ``scale_search``."""
 
-    def blocks(self) -> Iterator[tuple[slice, torch.Tensor]]:
-        """Ranges of about WIDTH columns, whole groups or pieces of one group, and the view of their peaks."""
+    @classmethod
+    def of(cls, weight: torch.Tensor, peak: torch.Tensor) -> Panel:
+        """Before anything is rounded."""
+        return cls(weight, torch.empty_like(weight), Operand(weight.shape, weight.device), peak)
+
+    def blocks(self) -> Iterator[list[tuple[slice, slice]]]:
+        """Runs of neighbouring blocks of columns: their ranges, and those of the groups that they lie in.
+
+        A block has about WIDTH columns, whole groups or pieces of one group.
+        """
         n = self.weight.shape[0]
         group = n // self.peak.shape[0]
         width = WIDTH // group * group or WIDTH
+        blocks = []
         for first in range(0, n, max(group, width)):
             end = min(n, first + max(group, width))
             for start in range(first, end, width):
                 stop = min(start + width, end)
-                yield slice(start, stop), self.peak[start // group : -(-stop // group)]
+                blocks.append((slice(start, stop), slice(start // group, -(-stop // group))))
+        yield from (blocks[first : first + _RUN] for first in range(0, len(blocks), _RUN))
 
 
-def feed_back(weight: torch.Tensor, peak: torch.Tensor, factor: Factor, scaling: Scaling,
-              choice: Choice | None = None) -> Panel:  # fmt: skip
-    """Rounds (n, r) weights in one pass under scales of ``peak``, or into ``peak`` by ``choice`` (``cost``: (n,))."""
-    panel = Panel(weight, torch.empty_like(weight), torch.empty_like(weight), peak)
-    for part, here in panel.blocks():
-        target = panel.values[part].copy_(weight[part])
-        if part.start:
-            target.addmm_(factor.lower[part, : part.start], panel.error[: part.start], alpha=-1)
-        some = Choice(choice.ratios, choice.cost[part]) if choice else None
-        panel.error[part] = cascade_(target, weight[part], factor.lower[part, part], scaling, here, some)
+Cascade = Callable[[torch.Tensor, slice, slice], torch.Tensor]
+"""Rounds the target of a block of columns (and of groups) in place, and gives its moves."""
+
+
+def feed_back(weight: torch.Tensor, peak: torch.Tensor, factor: Factor, scaling: Scaling) -> Panel:
+    """Rounds (n, r) weights in one pass under scales of ``peak`` (G, r)."""
+    steps = scaling.steps(peak)
+
+    def cascade(target: torch.Tensor, part: slice, groups: slice) -> torch.Tensor:
+        here = steps[0][groups], steps[1][groups]
+        return cascade_(target, weight[part], factor.lower[part, part], scaling.format.element, here)
+
+    return _feed_back(Panel.of(weight, peak), factor, cascade)
+
+
+def feed_back_choosing(weight: torch.Tensor, factor: Factor, scaling: Scaling, choice: Choice) -> Panel:
+    """The same while scales are chosen group by group; ``choice.cost`` is (n,)."""
+    panel = Panel.of(weight, weight.new_empty(weight.shape[0] // scaling.grouped, weight.shape[1]))
+
+    def cascade(target: torch.Tensor, part: slice, groups: slice) -> torch.Tensor:
+        here = Choice(choice.ratios, choice.cost[part])
+        return choosing_cascade_(target, weight[part], factor.lower[part, part], scaling, panel.peak[groups], here)
+
+    return _feed_back(panel, factor, cascade)
+
+
+def _feed_back(panel: Panel, factor: Factor, cascade: Cascade) -> Panel:
+    for run in panel.blocks():
+        whole = _whole(run)
+        target = panel.values[whole].copy_(panel.weight[whole])
+        if whole.start:
+            panel.error.subtract_from_(target, factor.lower[whole, : whole.start])
+        panel.error.put(whole, _walk_(target, run, factor.lower, cascade))
     return panel
 
 
 def sweep_(panel: Panel, factor: Factor, scaling: Scaling) -> None:
     """Offers every weight of the panel its best value given all others, column by column; the loss never rises."""
-    for part, here in panel.blocks():
-        values = panel.values[part]
-        target = torch.addmm(values, factor.pull[part], panel.error, alpha=-1)
-        cascade_(target, values, factor.pull[part, part], scaling, here)
-        values.copy_(target)
-        torch.sub(target, panel.weight[part], out=panel.error[part])
+    steps = scaling.steps(panel.peak)
+
+    def cascade(target: torch.Tensor, part: slice, groups: slice) -> torch.Tensor:
+        here = steps[0][groups], steps[1][groups]
+        return cascade_(target, panel.values[part], factor.pull[part, part], scaling.format.element, here)
+
+    for run in panel.blocks():
+        whole = _whole(run)
+        target = panel.values[whole].clone()
+        panel.error.subtract_from_(target, factor.pull[whole])
+        _walk_(target, run, factor.pull, cascade)
+        panel.values[whole] = target
+        panel.error.put(whole, target.sub_(panel.weight[whole]))
+
+
+def _walk_(
+    target: torch.Tensor, run: list[tuple[slice, slice]], coupling: torch.Tensor, cascade: Cascade
+) -> torch.Tensor:
+    """Rounds the targets of a run, block by block, in place; its moves."""
+    moves, first = torch.empty_like(target), run[0][0].start
+    for part, groups in run:
+        here = target[part.start - first : part.stop - first]
+        if part.start > first:
+            here.addmm_(coupling[part, first : part.start], moves[: part.start - first], alpha=-1)
+        moves[part.start - first : part.stop - first] = cascade(here, part, groups)
+    return moves
+
+
+def _whole(run: list[tuple[slice, slice]]) -> slice:
+    return slice(run[0][0].start, run[-1][0].stop)
 
 
 def losses(error: torch.Tensor, factor: Factor) -> torch.Tensor:
     """Float32 (r,) e H e^T of each row e of the error, which is given on its side (n, r), in the factor's order."""
-    weighted = (factor.pull @ error).mul_(error).mul_(factor.diagonal[:, None])
-    return tree_sum_(weighted.T).clone()  # lets go of the products
+    weighted = precise(factor.pull, error).mul_(error).mul_(factor.diagonal[:, None])
+    return sums_(weighted.T).clone()  # lets go of the products

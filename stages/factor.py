@@ -46,15 +46,15 @@ def factorise(hessian: torch.Tensor, damping: float, group: int) -> Factor:
     flipped = hessian.index_select(0, backwards).index_select(1, backwards).div_(unit)
     flipped.diagonal().add_(damping)
     while True:
-        upper, failed = torch.linalg.cholesky_ex(flipped, upper=True)
+        found, failed = torch.linalg.cholesky_ex(flipped)
         if not bool(failed):
             break
         if damping > _MOST_DAMPING:
             raise NonFiniteError("the second moments of the inputs hold NaN or Inf")
         flipped.diagonal().add_(9 * damping)
         damping *= 10
-    lower = upper.flip(0, 1)
-    del upper
+    lower = found.T.flip(0, 1)
+    del found
     root = lower.diagonal().clone()
     lower.div_(root[:, None])
     pull = flipped.flip(0, 1)

@@ -10,13 +10,13 @@ import torch
 
 from ..formats.reduce import tree_sum_
 from .cascade import Choice
-from .error_feedback import Panel, feed_back, losses, sweep_
+from .error_feedback import Panel, feed_back, feed_back_choosing, losses, sweep_
 from .factor import Factor, damped_diagonal
 from .methods import Problem, Rounded
 from .scale_search import Scaling
 
-_PANEL = 1 << 24
-"""Weights in a range of rows: 64 MiB for each of the buffers that are as large."""
+_PANEL = {"cpu": 1 << 24, "cuda": 1 << 26}
+"""Weights in a range of rows: 64 MiB, on a GPU 256, for each of the buffers that are as large."""
 
 _BUFFERS = 8
 """Of them at most at a time: weights, values and errors of two alternatives, the best of both, temporaries."""
@@ -25,9 +25,9 @@ _CHOICE = 1024
 """Elements a row, at most, while candidate scales of a group are compared."""
 
 
-def memory_of_rows(shape: tuple[int, int]) -> int:
+def memory_of_rows(shape: tuple[int, int], device: str) -> int:
     """Bytes for a range of rows of an (m, n) matrix."""
-    rows = min(shape[0], max(1, _PANEL // shape[1]))
+    rows = min(shape[0], max(1, _PANEL[device.partition(":")[0]] // shape[1]))
     return 4 * rows * (_BUFFERS * shape[1] + _CHOICE) + 16 * shape[0]
 
 
@@ -71,7 +71,8 @@ class _Solver(ABC):
         """Rows that are worked on at a time: whole tiles."""
         m, n = self.problem.weight.shape
         multiple = self.problem.format.rows_multiple
-        step = max(1, _PANEL // (n * multiple * self.problem.split)) * multiple
+        panel = _PANEL[self.problem.weight.device.type] // self.problem.split
+        step = max(1, panel // (n * multiple)) * multiple
         for start in range(0, m, step):
             yield slice(start, min(start + step, m))
 
@@ -89,8 +90,8 @@ class _Solver(ABC):
         found = []
         for rows in self.ranges():
             x = self.turned(weight[rows])
-            errors = [self.scaling.errors(x, peak.expand(1, x.shape[1]), importance) for peak in peaks.unbind()]
-            found.append(torch.cat(errors))
+            everywhere = peaks[:, None, None].expand(-1, 1, x.shape[1]).contiguous()
+            found.append(self.scaling.errors(x, everywhere, importance)[:, 0])
         return peaks.take(tree_sum_(torch.cat(found, 1)).argmin())
 
     @abstractmethod
@@ -130,7 +131,7 @@ class FeedbackSolver(_Solver):
         found = []
         for rows in self.ranges():
             x = self.turned(weight[rows])
-            found.append(torch.stack([self.losses(self.tried(x, peak).error) for peak in peaks.unbind()]))
+            found.append(torch.stack([self.losses(self.tried(x, peak).error.x) for peak in peaks.unbind()]))
         return peaks.take(tree_sum_(torch.cat(found, 1)).argmin())
 
     def tried(self, x: torch.Tensor, peak: torch.Tensor) -> Panel:
@@ -150,21 +151,22 @@ class FeedbackSolver(_Solver):
         """Rounded by error feedback alone, under the best of the alternatives for each set of rows with one scale."""
         factor, scaling, fmt = self.factor, self.scaling, self.problem.format
         if scaling.local:
-            peak = torch.empty(x.shape[0] // scaling.grouped, x.shape[1], device=x.device)
-            return feed_back(x, peak, factor, scaling, Choice(torch.tensor(fmt.ratios, device=x.device), factor.pivots))
+            choice = Choice(torch.tensor(fmt.ratios, device=x.device), factor.pivots)
+            return feed_back_choosing(x, factor, scaling, choice)
         best: Panel | None = None
         for ratios, importance in self.alternatives:
             panel = feed_back(x, scaling.search(x, importance, ratios), factor, scaling)
             if len(self.alternatives) == 1:
                 return panel
-            loss = scaling.total(self.losses(panel.error)[None])
+            loss = scaling.total(self.losses(panel.error.x)[None])
             if best is None:
                 best, least = panel, loss
                 continue
             better = loss < least
             least = torch.where(better, loss, least)
-            for old, new in ((best.values, panel.values), (best.error, panel.error), (best.peak, panel.peak)):
+            for old, new in ((best.values, panel.values), (best.peak, panel.peak)):
                 torch.where(better, new, old, out=old)
+            best.error.put(slice(None), torch.where(better, panel.error.x, best.error.x))
         assert best is not None
         return best
 

@@ -9,14 +9,14 @@ from types import ModuleType
 import torch
 
 
-def kernels_for(x: torch.Tensor) -> ModuleType | None:
-    """The module of kernels that serves the tensor's device, or None: then eager operations do the work."""
-    return _kernels() if x.is_cuda else None
+def kernels_for(x: torch.Tensor, module: str = "kernels") -> ModuleType | None:
+    """The module of kernels, when the tensor's device has them, or None: then eager operations do the work."""
+    return _kernels(module) if x.is_cuda else None
 
 
 @cache
-def _kernels() -> ModuleType | None:
+def _kernels(module: str) -> ModuleType | None:
     try:
-        return import_module(".kernels", __package__)
+        return import_module(f".{module}", __package__)
     except ImportError:  # no Triton: torch for Windows comes without it
         return None

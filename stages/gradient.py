@@ -23,8 +23,9 @@ from ..formats.format import Format, Scales
 from .counter import seed_of
 from .methods import Problem, Rounded
 from .optimizers import OPTIMIZERS
+from .products import rough
 from .schedule import Pace, Schedule
-from .subspace import check_rank, dominant_subspaces, memory_of_bases, product, project, rank_of
+from .subspace import check_rank, dominant_subspaces, memory_of_bases, project, rank_of
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ class Gradient:
         """Finds the subspaces."""
         return GradientSolver(problem, self)
 
-    def memory(self, shape: tuple[int, int]) -> int:
+    def memory(self, shape: tuple[int, int], device: str) -> int:
         """Offsets, their gradient, grid steps, values, errors, the best values, temporaries; optimiser; bases."""
         rank = rank_of(shape, self.top_p, self.min_k, self.max_k)
         held = 8 + OPTIMIZERS[self.optimizer].tensors
@@ -181,7 +182,7 @@ class GradientSolver:
         leads from there to the weight itself. Destroys ``moved``.
         """
         left, right = self.subspaces
-        gradient = product(left, product(core, right.T))
+        gradient = rough(left, rough(core, right.T))
         if self.options.penalty:
             gradient.add_(moved, alpha=self.options.penalty)
         return gradient.add_(moved.sub_(error).mul_(left.square().sum(1)[:, None]).mul_(right.square().sum(1)))

@@ -1,6 +1,7 @@
 # mypy: ignore-errors
-"""Triton kernels for what eager CUDA would be bound by launches at: one cascade over a block of columns, one round of
-flips. Each does what the function of the same name does on a CPU, in the same units; sums may differ in the last bits.
+"""Triton kernels for what eager CUDA is bound by launches and memory at: a round of flips, and a search for scales.
+
+Each does what the function of the same name does on a CPU; sums may differ in the last bits.
 """
 
 from __future__ import annotations
@@ -16,21 +17,17 @@ from ..formats.format import Format
 from .counter import start_of
 
 if TYPE_CHECKING:
-    from .cascade import Choice
     from .flips import Parabolas
     from .methods import Problem
-    from .scale_search import Scaling
 
-_ROWS = 16
-"""Rows of the matrix per program of a cascade: the block of columns then stays in registers."""
-_STRIP = 16
-"""Columns that are walked one by one; the rest of the block follows by a product."""
+_ROWS, _CHUNK = 32, 256
+"""Rows and columns of the matrix per program of a search for scales."""
 _ELEMENTS = 1024
 """Elements per program of a round of flips."""
 
 
 def grid_of(element: Element) -> dict[str, Any]:
-    """What ``_round`` must know of an element grid."""
+    """What ``round_to_grid`` must know of an element grid."""
     return {
         "LARGEST": element.largest, "UNIFORM": element.dtype == "I8", "SMALLEST": element.smallest_normal,
         "SHIFT": 1.5 * 2.0 ** (23 - element.mantissa),
@@ -38,7 +35,7 @@ def grid_of(element: Element) -> dict[str, Any]:
 
 
 @triton.jit
-def _round(x, LARGEST: tl.constexpr, UNIFORM: tl.constexpr, SMALLEST: tl.constexpr, SHIFT: tl.constexpr):
+def round_to_grid(x, LARGEST: tl.constexpr, UNIFORM: tl.constexpr, SMALLEST: tl.constexpr, SHIFT: tl.constexpr):
     """``Element.round_``."""
     x = tl.minimum(tl.maximum(x, -LARGEST), LARGEST)
     if UNIFORM:
@@ -76,7 +73,7 @@ def _flip(error, gradient, weight, multiplier, row_curvature, column_curvature, 
     scale = tl.load(multiplier + group, mask=mask, other=1.0)
     stored = now + original
     wanted = (stored - slope / curvature) * tl.where(scale > 0, 1.0 / scale, 0.0)
-    step = _round(wanted, LARGEST, UNIFORM, SMALLEST, SHIFT) * scale - stored
+    step = round_to_grid(wanted, LARGEST, UNIFORM, SMALLEST, SHIFT) * scale - stored
     gain = (curvature * step + 2.0 * slope) * step
     bits = _mix(_mix(row.to(tl.uint32) + start.to(tl.uint32)) + column.to(tl.uint32))
     drawn = (bits & 0xFFFFFF).to(tl.float32) * (1.0 / 16777216.0)
@@ -107,115 +104,37 @@ def _places(fmt: Format, columns: int) -> tuple[int, int, int, int]:
 
 
 @triton.jit
-def _before(target, coupling, moves, part, rows, inside, start, r, ld, ldc, B: tl.constexpr, S: tl.constexpr):
-    """Targets (S, rows) of a strip, less what the moves before it pull."""
-    x = tl.load(target + part[:, None] * ld + rows[None, :], mask=inside, other=0.0)
-    for first in range(0, start, S):
-        earlier = first + tl.arange(0, S)
-        pulls = tl.load(coupling + part[:, None] * ldc + earlier[None, :], mask=(part < B)[:, None], other=0.0)
-        made = tl.load(moves + earlier[:, None] * ld + rows[None, :], mask=(rows < r)[None, :], other=0.0)
-        x -= tl.dot(pulls, made, input_precision="ieee")
-    return x
-
-
-@triton.jit
-def _walk(target, origin, coupling, moves, inverse, multiplier, r, ld, ldo, ldc, lds,
-          B: tl.constexpr, G: tl.constexpr, S: tl.constexpr, R: tl.constexpr,
-          LARGEST: tl.constexpr, UNIFORM: tl.constexpr, SMALLEST: tl.constexpr, SHIFT: tl.constexpr):  # fmt: skip
-    rows = tl.program_id(0) * R + tl.arange(0, R)
-    place = tl.arange(0, S)
-    for start in range(0, B, S):
-        part = start + place
-        inside = (part < B)[:, None] & (rows < r)[None, :]
-        x = _before(target, coupling, moves, part, rows, inside, start, r, ld, ldc, B, S)
-        for j in range(S):
-            column = start + j
-            live = (rows < r) & (column + 0 * rows < B)
-            group = (column // G) * lds
-            here = tl.sum(tl.where(place[:, None] == j, x, 0.0), axis=0)
-            here *= tl.load(inverse + group + rows, mask=live, other=0.0)
-            value = _round(here, LARGEST, UNIFORM, SMALLEST, SHIFT)
-            value *= tl.load(multiplier + group + rows, mask=live, other=0.0)
-            move = value - tl.load(origin + column * ldo + rows, mask=live, other=0.0)
-            pulls = tl.load(coupling + part * ldc + column, mask=(part < B) & (part > column), other=0.0)
-            x -= pulls[:, None] * move[None, :]
-            tl.store(target + column * ld + rows, value, mask=live)
-            tl.store(moves + column * ld + rows, move, mask=live)
-        tl.debug_barrier()  # the next strip reads what other threads of this program have stored
-
-
-@triton.jit
-def _multipliers(peak, whole, NVFP4: tl.constexpr):
-    """Decode multipliers of MXFP8 and NVFP4 groups whose largest weight is ``peak``."""
-    if NVFP4:
-        stored = _round(tl.div_rn(tl.div_rn(peak, 6.0), whole), 448.0, False, 2.0**-6, 1.5 * 2.0**20)
-        return stored * whole
-    bits = peak.to(tl.int32, bitcast=True)
-    exponent = (bits >> 23) - 8 + ((bits & 0x7FFFFF) > 0x600000).to(tl.int32)  # 448 = 1.75 * 2**8
-    exponent = tl.where(peak > 0, tl.minimum(tl.maximum(exponent, 1), 254), 0)
-    return (exponent << 23).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _choose(target, origin, coupling, moves, peaks, ratios, cost, whole, candidates, r, ld, ldo, ldc, ldp,
-            B: tl.constexpr, G: tl.constexpr, K: tl.constexpr, R: tl.constexpr, NVFP4: tl.constexpr,
+def _errors(x, inverse, multiplier, importance, out, r, candidates, ldk, size,
+            CHUNK: tl.constexpr, K: tl.constexpr, R: tl.constexpr,
             LARGEST: tl.constexpr, UNIFORM: tl.constexpr, SMALLEST: tl.constexpr, SHIFT: tl.constexpr):  # fmt: skip
     rows = tl.program_id(0) * R + tl.arange(0, R)
-    inside = (rows < r)[None, :]
-    place = tl.arange(0, G)
-    ratio = tl.load(ratios + tl.minimum(tl.arange(0, K), candidates - 1))  # the last again never wins over itself
-    shared = tl.load(whole)
-    for start in range(0, B, G):
-        part = start + place
-        x = _before(target, coupling, moves, part, rows, inside, start, r, ld, ldc, B, G)
-        tried = tl.max(tl.abs(x), axis=0)[None, :] * ratio[:, None]
-        scale = _multipliers(tried, shared, NVFP4)
-        inverse = tl.where(scale > 0, tl.div_rn(1.0, scale), 0.0)
-        y = x[None, :, :] * inverse[:, None, :]
-        codes = tl.zeros_like(y)
-        total = tl.zeros_like(scale)
-        for j in range(G):
-            chosen = (place == j)[None, :, None]
-            here = tl.sum(tl.where(chosen, y, 0.0), axis=1)
-            code = _round(here, LARGEST, UNIFORM, SMALLEST, SHIFT)
-            total += (here - code) * (here - code) * tl.load(cost + start + j)
-            before = tl.load(origin + (start + j) * ldo + rows, mask=rows < r, other=0.0)
-            move = code - before[None, :] * inverse
-            pulls = tl.load(coupling + part * ldc + start + j)
-            y -= tl.where(place > j, pulls, 0.0)[None, :, None] * move[:, None, :]
-            codes = tl.where(chosen, code[:, None, :], codes)
-        total = tl.where(scale > 0, total * scale * scale, float("inf"))
-        best = tl.arange(0, K)[:, None] == tl.argmin(total, axis=0)[None, :]
-        kept = tl.sum(tl.where(best, scale, 0.0), axis=0)
-        value = tl.sum(tl.where(best[:, None, :], codes, 0.0), axis=0) * kept[None, :]
-        origins = tl.load(origin + part[:, None] * ldo + rows[None, :], mask=inside, other=0.0)
-        tl.store(peaks + (start // G) * ldp + rows, tl.sum(tl.where(best, tried, 0.0), axis=0), mask=rows < r)
-        tl.store(target + part[:, None] * ld + rows[None, :], value, mask=inside)
-        tl.store(moves + part[:, None] * ld + rows[None, :], value - origins, mask=inside)
-        tl.debug_barrier()
+    first = tl.program_id(1) * CHUNK
+    group = first // size
+    tried = tl.arange(0, K)
+    live = (tried < candidates)[:, None] & (rows < r)[None, :]
+    place = tried[:, None] * ldk + group * r + rows[None, :]
+    finer = tl.load(inverse + place, mask=live, other=0.0)
+    scale = tl.load(multiplier + place, mask=live, other=0.0)
+    total = tl.zeros((K, R), tl.float32)
+    for step in range(CHUNK):
+        column = first + step
+        here = tl.load(x + column * r + rows, mask=rows < r, other=0.0)[None, :]
+        error = round_to_grid(here * finer, LARGEST, UNIFORM, SMALLEST, SHIFT) * scale - here
+        total += error * error * tl.load(importance + column)
+    part = tl.program_id(1) * candidates * r + tried[:, None] * r + rows[None, :]
+    tl.store(out + part, total, mask=live)
 
 
-def cascade_(target: torch.Tensor, origin: torch.Tensor, coupling: torch.Tensor, scaling: Scaling,
-             peak: torch.Tensor, choice: Choice | None = None) -> torch.Tensor:  # fmt: skip
-    """``cascade.cascade_`` in one kernel."""
-    moves = torch.empty_like(target)
-    width, rows = target.shape
-    grid, element = (triton.cdiv(rows, _ROWS),), grid_of(scaling.format.element)
-    strides = (rows, target.stride(0), origin.stride(0), coupling.stride(0), peak.stride(0))
-    group = width // peak.shape[0]
-    if choice is None:
-        inverse, multiplier = scaling.steps(peak)
-        _walk[grid](target, origin, coupling, moves, inverse, multiplier, *strides[:4], inverse.stride(0),
-                    B=width, G=group, S=_STRIP, R=_ROWS, **element)  # fmt: skip
-        return moves
-    ratios, candidates = choice.ratios, len(choice.ratios)
-    whole = ratios if scaling.whole is None else scaling.whole
-    _choose[grid](target, origin, coupling, moves, peak, ratios, choice.cost, whole, candidates, *strides,
-                  B=width, G=group, K=triton.next_power_of_2(candidates), R=_ROWS,
-                  NVFP4=scaling.format.name == "nvfp4", **element)  # fmt: skip
-    return moves
-
-
-def chooses(fmt: Format) -> bool:
-    """Whether ``cascade_`` knows how to choose the scales of a format while it goes on."""
-    return fmt.name in ("mxfp8", "nvfp4")
+def errors(x: torch.Tensor, steps: tuple[torch.Tensor, torch.Tensor], importance: torch.Tensor,
+           element: Element) -> torch.Tensor:  # fmt: skip
+    """``Scaling.errors`` (K, G, r) in one pass over the weights (n, r)."""
+    inverse, multiplier = (step.contiguous() for step in steps)
+    (n, r), (candidates, groups, _) = x.shape, inverse.shape
+    size = n // groups
+    chunk = next(width for width in range(min(size, _CHUNK), 0, -1) if size % width == 0)
+    partial = torch.empty(groups, size // chunk, candidates, r, dtype=torch.float32, device=x.device)
+    _errors[(triton.cdiv(r, _ROWS), n // chunk)](
+        x, inverse, multiplier, importance, partial, r, candidates, groups * r, size,
+        CHUNK=chunk, K=triton.next_power_of_2(candidates), R=_ROWS, **grid_of(element),
+    )  # fmt: skip
+    return partial.sum(1).transpose(0, 1)

@@ -15,7 +15,8 @@ from ..formats.errors import UsageError
 from .counter import seed_of
 from .flips import Parabolas, flip
 from .methods import Problem, Rounded
-from .subspace import check_rank, dominant_subspaces, memory_of_bases, product, project, rank_of
+from .products import rough
+from .subspace import check_rank, dominant_subspaces, memory_of_bases, project, rank_of
 
 _PENALTY = {"nvfp4": 1.0, "int8": 4.0}
 """Default penalty by format, 0.85 for others. A smaller one lowers the projected error further, and raises the error
@@ -58,7 +59,7 @@ class Learned:
         """Finds the subspaces."""
         return LearnedSolver(problem, self)
 
-    def memory(self, shape: tuple[int, int]) -> int:
+    def memory(self, shape: tuple[int, int], device: str) -> int:
         """The error now and at its best, the gradient, a temporary of products; bases."""
         rank = rank_of(shape, self.top_p, self.min_k, self.max_k)
         return 16 * shape[0] * shape[1] + memory_of_bases(shape, rank)
@@ -101,7 +102,7 @@ class LearnedSolver:
             if turn == self.rounds:
                 break
             share = damping * _FIRST_SHARE * (1 - turn / self.rounds) + _LAST_SHARE
-            gradient = product(left, product(best_core, right.T))
+            gradient = rough(left, rough(best_core, right.T))
             flip(problem, error, gradient, parabolas, (share, self.seed, turn + 1))
         values = problem.format.snap_(best.add_(problem.weight), problem.scales)
         return Rounded(values, problem.scales)

@@ -66,7 +66,7 @@ class Solve:
         rows, columns = plan.layer.weight.shape[0], fmt.columns(plan.layer.weight.shape[1])
         groups = math.prod(fmt.scale_shape((rows, columns)))
         statistics = 8 * columns**2 if self.inputs else 0
-        return 12 * rows * columns + 24 * groups + self.method.memory((rows, columns)) + statistics
+        return 12 * rows * columns + 24 * groups + self.method.memory((rows, columns), environment.device) + statistics
 
 
 def solve_in_memory(method: Method, problem: Problem) -> tuple[Rounded, Quality]:

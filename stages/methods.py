@@ -70,8 +70,8 @@ class Method(Protocol):
     def solver(self, problem: Problem) -> Solver:
         """Prepares: subspaces, factorisations."""
 
-    def memory(self, shape: tuple[int, int]) -> int:
-        """Bytes that solver and solution of an (m, n) matrix take at most, beside weight and scales."""
+    def memory(self, shape: tuple[int, int], device: str) -> int:
+        """Bytes that solver and solution of an (m, n) matrix take at most on a device, beside weight and scales."""
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 import torch
 
 from ..formats.format import Format, Scales, Stats
+from .products import precise
 from .statistics import Moments
 
 Projection = Callable[[torch.Tensor], torch.Tensor]
 """U^T E V (k, k) of an error E (m, n)."""
 
-_ROWS = 1 << 22
+_ROWS = {"cpu": 1 << 22, "cuda": 1 << 26}
 """Weights that are compared at a time."""
 
 
@@ -49,7 +50,7 @@ def nearest_scales(fmt: Format, weight: torch.Tensor) -> Scales:
 
 def row_ranges(weight: torch.Tensor, multiple: int) -> Iterator[slice]:
     """Ranges of whole tiles of rows, small enough for temporaries of their size."""
-    step = max(1, _ROWS // max(1, weight.shape[1] * multiple)) * multiple
+    step = max(1, _ROWS[weight.device.type] // max(1, weight.shape[1] * multiple)) * multiple
     for start in range(0, weight.shape[0], step):
         yield slice(start, min(start + step, weight.shape[0]))
 
@@ -90,7 +91,7 @@ class Measure:
         total = torch.zeros((), dtype=torch.float64, device=x.device)
         for rows in row_ranges(x, 1):
             part = x[rows] / largest
-            weighted = part @ self.hessian if self.hessian.dim() == 2 else part * self.hessian
+            weighted = precise(part, self.hessian) if self.hessian.dim() == 2 else part * self.hessian
             total += weighted.mul_(part).sum(1).double().sum()
         return total.clamp(min=0).sqrt() * largest
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from ..formats.format import Format, Scales, Stats
-from ..formats.reduce import tree_sum_
+from ..formats.reduce import sums_
+from .fused import kernels_for
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Scaling:
     def total(self, x: torch.Tensor) -> torch.Tensor:
         """(G, r) sums over the rows that share a scale, given to each of them. Destroys ``x`` (G, r)."""
         tiles = x.view(x.shape[0], -1, self.format.rows_multiple)
-        return tree_sum_(tiles)[..., None].expand_as(tiles).reshape(x.shape)
+        return sums_(tiles)[..., None].expand_as(tiles).reshape(x.shape)
 
     def round(self, x: torch.Tensor, peak: torch.Tensor) -> torch.Tensor:
         """(n, r) weights nearest to ``x`` under scales of ``peak``."""
@@ -67,10 +68,17 @@ class Scaling:
         self.format.element.round_(rounded)
         return rounded.mul_(multiplier[:, None]).view(x.shape)
 
-    def errors(self, x: torch.Tensor, peak: torch.Tensor, importance: torch.Tensor) -> torch.Tensor:
-        """(G, r) squared errors of (n, r) weights rounded under ``peak``, times the ``importance`` (n,) of columns."""
-        squares = self.round(x, peak).sub_(x).square_().mul_(importance[:, None])
-        return tree_sum_(self.groups(squares).transpose(1, 2)).clone()  # lets go of the squares
+    def errors(self, x: torch.Tensor, peaks: torch.Tensor, importance: torch.Tensor) -> torch.Tensor:
+        """(K, G, r) squared errors of (n, r) weights under each of K candidate ``peaks`` (K, G, r), times the
+        ``importance`` (n,) of columns."""
+        if (fused := kernels_for(x)) is not None:
+            measured: torch.Tensor = fused.errors(x, self.steps(peaks), importance, self.format.element)
+            return measured
+        found = []
+        for peak in peaks.unbind():
+            squares = self.round(x, peak).sub_(x).square_().mul_(importance[:, None])
+            found.append(sums_(self.groups(squares).transpose(1, 2)).clone())  # lets go of the squares
+        return torch.stack(found)
 
     def search(self, x: torch.Tensor, importance: torch.Tensor, ratios: tuple[float, ...]) -> torch.Tensor:
         """(G, r) peaks, among ``ratios`` of the largest magnitudes, of the least weighted error; the first of equals.
@@ -78,16 +86,11 @@ class Scaling:
         For scales that belong to whole tiles of rows: all but those of a tensor.
         """
         amax = self.amax(x)
-        best = amax * ratios[0]
         if len(ratios) == 1:
-            return best
-        least = self.total(self.errors(x, best, importance))
-        for ratio in ratios[1:]:
-            peak = amax * ratio
-            error = self.total(self.errors(x, peak, importance))
-            better = error < least
-            best, least = torch.where(better, peak, best), torch.where(better, error, least)
-        return best
+            return amax * ratios[0]
+        peaks = amax * torch.tensor(ratios, device=x.device)[:, None, None]
+        found = torch.stack([self.total(error) for error in self.errors(x, peaks, importance).unbind()])
+        return peaks.gather(0, found.argmin(0, keepdim=True))[0]
 
     def stored(self, peak: torch.Tensor) -> Scales:
         """Scales as they are stored, of the peaks (G, m) of all rows, groups in the order of the weight's columns."""

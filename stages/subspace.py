@@ -6,6 +6,7 @@ import torch
 
 from ..formats.errors import UsageError
 from .counter import signs
+from .products import rough
 
 _OVERSAMPLING = 16
 _POWER_STEPS = 2
@@ -63,14 +64,7 @@ def memory_of_bases(shape: tuple[int, int], rank: int) -> int:
     return 4 * (shape[0] * shape[1] + 4 * (shape[0] + shape[1]) * k + 4 * k * k)
 
 
-def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """``a @ b`` in float32; on CUDA of operands rounded to bfloat16, which neither gradient nor objective feels."""
-    if a.device.type == "cpu":
-        return a @ b
-    return torch.mm(a.bfloat16(), b.bfloat16(), out_dtype=torch.float32)
-
-
 def project(subspaces: tuple[torch.Tensor, torch.Tensor], error: torch.Tensor) -> torch.Tensor:
     """U^T E V (k, k) of an error E (m, n)."""
     left, right = subspaces
-    return product(product(left.T, error), right)
+    return rough(rough(left.T, error), right)

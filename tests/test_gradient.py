@@ -328,5 +328,5 @@ def test_memory_is_declared(optimizer: str) -> None:
     start = start_of(given)
     with Allocated() as allocated:
         method.solver(given).solve(start)
-    declared = method.memory((512, 1024))
+    declared = method.memory((512, 1024), "cpu")
     assert 0.5 * declared <= allocated.most <= declared

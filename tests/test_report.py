@@ -65,7 +65,7 @@ def test_json(report: Report) -> None:
     assert all(layer["error_sampled"] is True and layer["rounding"] == "mse" for layer in value["layers"])
     assert value["distributed"] is False
     layer = value["layers"][0]
-    assert set(layer) == {"name", "format", "bytes_in", "bytes_out", "error", "seconds"}
+    assert set(layer) == {*["name", "format", "rounding", "bytes_in", "bytes_out", "error", "error_sampled", "seconds"]}
     assert layer["format"] == "nvfp4"
     assert sum(layer["bytes_in"] for layer in value["layers"]) < value["bytes_in"]
 

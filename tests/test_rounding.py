@@ -253,7 +253,7 @@ class Fake:
             raise torch.OutOfMemoryError("no more")
         return FakeSolver(problem, self.outcome)
 
-    def memory(self, shape: tuple[int, int]) -> int:
+    def memory(self, shape: tuple[int, int], device: str) -> int:
         return 0
 
 
@@ -466,7 +466,7 @@ def test_rules_choose_roundings_of_their_own(checkpoint: Path, store: Path, tmp_
 
 def test_the_command_line(cli: Cli, checkpoint: Path, store: Path, tmp_path: Path) -> None:
     output = tmp_path / "out.safetensors"
-    options = "-O damping=0.1 -O sweeps=1 --bias-correction --input-scale p99.9 --preset none".split()
+    options = ["-O", "damping=0.1", "-O", "sweeps=1", "--bias-correction", "--input-scale", "p99.9", "--preset", "none"]
     done = cli("convert", checkpoint, output, "--format", "nvfp4", "--rounding", "calibrated", "--statistics", store,
                *options)  # fmt: skip
     assert done.status == 0, done.err
