@@ -211,7 +211,7 @@ def start_of(fmt: Format, weight: torch.Tensor, search: bool) -> tuple[Scales, t
     whole = None
     if fmt.needs_stats:
         flat = weight.reshape(-1)
-        sample = flat[torch.linspace(0, flat.numel() - 1, min(SAMPLE_SIZE, flat.numel())).long().to(flat.device)]
+        sample = flat[:: max(1, flat.numel() // SAMPLE_SIZE)]
         whole = fmt.whole(Stats(weight.abs().amax(), sample), True)
     return fmt.search(weight, fmt.amax(weight), whole), whole
 

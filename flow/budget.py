@@ -85,6 +85,17 @@ def _cached_bytes(group: Path) -> int:
         return 0
 
 
+def device_memory(run: Run) -> int | None:
+    """Bytes that this process can still have on the run's GPU; None without one, or if other processes do the work."""
+    if run.device == "cpu" or run.scheduler not in ("threads", "sync"):
+        return None
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    return int(torch.cuda.mem_get_info(run.device)[0])
+
+
 def make_budget(layers: Sequence[LayerPlan], run: Run, run_id: str) -> Budget:
     """Chunk size and number of tasks at a time for these layers.
 
@@ -111,4 +122,12 @@ def make_budget(layers: Sequence[LayerPlan], run: Run, run_id: str) -> Budget:
             "raise --memory"
         )
     workers = max(1, min(most, (limit - base) // max(1, need)))
+    free = device_memory(run)
+    if free is not None and hungriest is not None:
+        if need > free:
+            raise PlanError(
+                f"{hungriest.layer.name} needs {show_size(need)}, but {run.device} has {show_size(free)} free; use "
+                "another device, or --rounding mse, which works on rows"
+            )
+        workers = min(workers, free // max(1, need))
     return Budget(limit, base, need, workers, environment)

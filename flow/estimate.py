@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ..stages.matrix import Solve
 from ..stages.work import LayerPlan
 from .budget import cores
 from .recipe import Run
@@ -14,6 +15,9 @@ _CPU_SECONDS_PER_GB = {"copy": 0.9, "fp8": 1.6, "fp8_e5m2": 1.6, "int8": 1.4, "m
 _CUDA_SECONDS_PER_GB = 0.5
 """Bound by reading and writing."""
 
+_CPU_OPERATIONS, _CUDA_OPERATIONS = 2.5e10, 3e13
+"""Floating-point operations a second of methods that see whole matrices: of one core, and of a data-centre GPU."""
+
 
 def estimate_seconds(layers: Sequence[LayerPlan], run: Run, workers: int | None = None) -> float:
     """Wall seconds, roughly: right within a factor of two on common machines."""
@@ -22,7 +26,11 @@ def estimate_seconds(layers: Sequence[LayerPlan], run: Run, workers: int | None 
     for plan in layers:
         kind = plan.format.partition(" ")[0] if plan.format else "copy"
         rate = _CPU_SECONDS_PER_GB.get(kind, 3.0)
-        if run.device.startswith("cuda"):
+        cuda = run.device.startswith("cuda")
+        if cuda:
             rate = _CUDA_SECONDS_PER_GB * tasks
         seconds += plan.layer.nbytes / 1e9 * rate
+        for step in plan.steps:
+            if isinstance(step, Solve):
+                seconds += step.operations(plan) / (_CUDA_OPERATIONS / tasks if cuda else _CPU_OPERATIONS)
     return seconds / tasks

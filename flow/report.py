@@ -189,12 +189,8 @@ def make_report(plan: Plan, receipts: Sequence[Receipt], seconds: float, distrib
             layer.layer.name, layer.format, layer.layer.nbytes, layer.nbytes_out, sum(part.seconds for part in parts),
             sum(part.squared_error for part in parts), sum(part.squared_weight for part in parts),
         )  # fmt: skip
-        layers.append(
-            LayerReport(
-                whole.name, whole.format, whole.nbytes_in, whole.nbytes_out, whole.error or 0.0, whole.seconds,
-                layer.rounding, parts[0].quality,
-            )  # fmt: skip
-        )
+        measured = whole.error or 0.0, whole.seconds, layer.rounding, parts[0].quality
+        layers.append(LayerReport(whole.name, whole.format, whole.nbytes_in, whole.nbytes_out, *measured))
     index = index_file(plan.shards) if is_single_file(plan.output.path) else None
     return Report(
         plan.recipe.source, plan.output.path, tuple(layers), dict(plan.kept.most_common()),

@@ -62,6 +62,11 @@ class Calibrated:
             return DiagonalSolver(problem, self.damping_for(moments))
         return FeedbackSolver(problem, self.factor(moments, problem.format.block_size or 1), self.sweeps)
 
+    def operations(self, shape: tuple[int, int]) -> float:
+        """A factor, and products of all rows with the moments: one for feedback, two a sweep, four to measure."""
+        rows, columns = shape
+        return columns**3 / 3.0 + rows * columns**2 * (5.0 + 2.0 * self.sweeps)
+
     def memory(self, shape: tuple[int, int], device: str) -> int:
         """The factor, and the rows that are worked on at a time."""
         return memory_of_factor(shape[1]) + memory_of_rows(shape, device)

@@ -113,6 +113,11 @@ class Gradient:
         """Finds the subspaces."""
         return GradientSolver(problem, self)
 
+    def operations(self, shape: tuple[int, int]) -> float:
+        """Four products by a basis an iteration, and some fifty operations a weight."""
+        rank = rank_of(shape, self.top_p, self.min_k, self.max_k)
+        return shape[0] * shape[1] * (8.0 * rank + 50.0) * self.iterations
+
     def memory(self, shape: tuple[int, int], device: str) -> int:
         """Offsets, their gradient, grid steps, values, errors, the best values, temporaries; optimiser; bases."""
         rank = rank_of(shape, self.top_p, self.min_k, self.max_k)

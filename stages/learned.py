@@ -59,6 +59,11 @@ class Learned:
         """Finds the subspaces."""
         return LearnedSolver(problem, self)
 
+    def operations(self, shape: tuple[int, int]) -> float:
+        """Four products by a basis a round, six before, and some fifty operations a weight and round."""
+        rank = rank_of(shape, self.top_p, self.min_k, self.max_k)
+        return shape[0] * shape[1] * (rank * (8.0 * self.rounds + 12) + 50.0 * self.rounds)
+
     def memory(self, shape: tuple[int, int], device: str) -> int:
         """The error now and at its best, the gradient, a temporary of products; bases."""
         rank = rank_of(shape, self.top_p, self.min_k, self.max_k)

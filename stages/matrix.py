@@ -60,6 +60,11 @@ class Solve:
         work.stream = stream
         return work
 
+    def operations(self, plan: LayerPlan) -> float:
+        """Floating-point operations of the method, roughly."""
+        rows, columns = plan.layer.weight.shape
+        return self.method.operations((rows, columns))
+
     def memory(self, plan: LayerPlan, environment: Environment) -> int:
         """Weight, start and result, scales, what the method takes, and the statistics twice while they are turned."""
         fmt = make_format(*self.format)

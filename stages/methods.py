@@ -70,6 +70,9 @@ class Method(Protocol):
     def solver(self, problem: Problem) -> Solver:
         """Prepares: subspaces, factorisations."""
 
+    def operations(self, shape: tuple[int, int]) -> float:
+        """Floating-point operations for an (m, n) matrix, roughly: estimates of time are made of them."""
+
     def memory(self, shape: tuple[int, int], device: str) -> int:
         """Bytes that solver and solution of an (m, n) matrix take at most on a device, beside weight and scales."""
 

@@ -253,6 +253,9 @@ class Fake:
             raise torch.OutOfMemoryError("no more")
         return FakeSolver(problem, self.outcome)
 
+    def operations(self, shape: tuple[int, int]) -> float:
+        return 0.0
+
     def memory(self, shape: tuple[int, int], device: str) -> int:
         return 0
 
