@@ -1,8 +1,9 @@
 # mypy: ignore-errors
+# ruff: noqa: RUF005, SIM108, B007 (Triton compiles no more than this of Python)
 """Triton kernels of the cascades: each thread walks down the columns of a block for one row, all in registers.
 
-``pulls`` is the coupling turned, so that what a column asks of later ones lies side by side. Strips of columns are
-spelled out; what they ask of later strips follows. Results are those of ``cascade`` but for the last bits of sums.
+``pulls`` is the coupling turned, so that what a column asks of later ones lies side by side. Results are those of
+``cascade`` but for the last bits of sums.
 """
 
 from __future__ import annotations
@@ -22,64 +23,47 @@ if TYPE_CHECKING:
     from .scale_search import Scaling
 
 _STRIP = 16
-"""Columns that are walked one by one, spelled out by the compiler."""
+"""Columns that are held in registers, and spelled out by the compiler."""
 _ROWS = 32
-"""Rows per program: one for each thread of a single warp, so that nothing is exchanged between threads."""
+"""Rows per program: one for each thread of a single warp, so that nothing is ever exchanged between threads."""
 
 
 @triton.jit
-def _lanes(zero, R: tl.constexpr):
-    """Rows of the program. ``zero`` keeps the compiler from giving a thread several neighbours: they lie in the way."""
-    return tl.program_id(0) * R + (tl.arange(0, R) ^ zero)
+def _load(matrix, start, ld, rows, r, B: tl.constexpr, S: tl.constexpr):
+    """Columns of a strip, a value each for every row."""
+    columns = ()
+    for i in tl.static_range(S):
+        inside = (rows < r) & (start + i + 0 * rows < B)
+        columns = columns + (tl.load(matrix + (start + i) * ld + rows, mask=inside, other=0.0),)
+    return columns
 
 
 @triton.jit
-def _strip_of(block, strip, N: tl.constexpr, S: tl.constexpr, R: tl.constexpr):
-    """One strip (S, R) of a block (N * S, R)."""
-    chosen = (tl.arange(0, N) == strip)[:, None, None]
-    return tl.sum(tl.where(chosen, tl.reshape(block, (N, S, R)), 0.0), axis=0)
+def _store(matrix, columns, start, ld, rows, r, B: tl.constexpr, S: tl.constexpr):
+    for i in tl.static_range(S):
+        tl.store(matrix + (start + i) * ld + rows, columns[i], mask=(rows < r) & (start + i + 0 * rows < B))
 
 
 @triton.jit
-def _row_of(x, j, S: tl.constexpr):
-    """Row j of (S, R)."""
-    return tl.sum(tl.where((tl.arange(0, S) == j)[:, None], x, 0.0), axis=0)
+def _pull(columns, pulls, move, after: tl.constexpr, S: tl.constexpr):
+    """Columns behind ``after`` less what a move asks of them; ``pulls`` points at what it asks of the first."""
+    moved = ()
+    for i in tl.static_range(S):
+        if i > after:
+            moved = moved + (columns[i] - tl.load(pulls + i) * move,)
+        else:
+            moved = moved + (columns[i],)
+    return moved
 
 
 @triton.jit
-def _later(block, pulls, moves, every, part, B: tl.constexpr):
-    """A block less what the moves (S, R) of a strip ask of it; strips that are done do not matter any more."""
-    known = (every < B)[:, None] & (part < B)[None, :]
-    far = tl.load(pulls + part[None, :] * B + every[:, None], mask=known, other=0.0)
-    return block - tl.dot(far, moves, input_precision="tf32x3")
-
-
-@triton.jit
-def _walk(target, origin, pulls, made, inverse, multiplier, r, ld, ldo, lds, zero,
-          B: tl.constexpr, G: tl.constexpr, S: tl.constexpr, R: tl.constexpr, N: tl.constexpr,
-          LARGEST: tl.constexpr, UNIFORM: tl.constexpr, SMALLEST: tl.constexpr, SHIFT: tl.constexpr):  # fmt: skip
-    rows = _lanes(zero, R)
-    every, place = tl.arange(0, N * S), tl.arange(0, S)
-    inside = (every < B)[:, None] & (rows < r)[None, :]
-    block = tl.load(target + every[:, None] * ld + rows[None, :], mask=inside, other=0.0)
-    for strip in range(N):
-        start = strip * S
-        part = start + place
-        live = (part < B)[:, None] & (rows < r)[None, :]
-        known = (rows < r) & (start + 0 * rows < B)
-        scale = tl.load(multiplier + (start // G) * lds + rows, mask=known, other=0.0)
-        finer = tl.load(inverse + (start // G) * lds + rows, mask=known, other=0.0)
-        before = tl.load(origin + part[:, None] * ldo + rows[None, :], mask=live, other=0.0)
-        x = _strip_of(block, strip, N, S, R)
-        for j in tl.static_range(S):
-            value = round_to_grid(_row_of(x, j, S) * finer, LARGEST, UNIFORM, SMALLEST, SHIFT) * scale
-            move = value - _row_of(before, j, S)
-            near = tl.load(pulls + (start + j) * B + part, mask=(place > j) & (part < B), other=0.0)
-            x = tl.where((place == j)[:, None], value[None, :], x - near[:, None] * move[None, :])
-        moves = tl.where(live, x - before, 0.0)
-        tl.store(target + part[:, None] * ld + rows[None, :], x, mask=live)
-        tl.store(made + part[:, None] * ld + rows[None, :], moves, mask=live)
-        block = _later(block, pulls, moves, every, part, B)
+def _targets(target, pulls, made, start, done, ld, rows, r, B: tl.constexpr, S: tl.constexpr, P: tl.constexpr):
+    """Targets of a strip, less what the ``done`` first moves ask of them: each thread reads its own again."""
+    columns = _load(target, start, ld, rows, r, B, S)
+    for column in tl.range(0, done, num_stages=1):
+        move = tl.load(made + column * ld + rows, mask=rows < r, other=0.0)
+        columns = _pull(columns, pulls + column * P + start, move, -1, S)
+    return columns
 
 
 @triton.jit
@@ -95,49 +79,90 @@ def _multipliers(peak, whole, NVFP4: tl.constexpr):
 
 
 @triton.jit
-def _choose(target, origin, pulls, made, peaks, ratios, cost, whole, r, ld, ldo, ldp, zero,
-            K: tl.constexpr, B: tl.constexpr, S: tl.constexpr, R: tl.constexpr, N: tl.constexpr, NVFP4: tl.constexpr,
-            LARGEST: tl.constexpr, UNIFORM: tl.constexpr, SMALLEST: tl.constexpr, SHIFT: tl.constexpr):  # fmt: skip
-    rows = _lanes(zero, R)
-    every, place = tl.arange(0, N * S), tl.arange(0, S)
-    inside = (every < B)[:, None] & (rows < r)[None, :]
-    block = tl.load(target + every[:, None] * ld + rows[None, :], mask=inside, other=0.0)
-    shared = tl.load(whole)
-    for strip in range(tl.cdiv(B, S)):
-        start = strip * S
-        part = start + place
-        live = (rows < r)[None, :]
-        before = tl.load(origin + part[:, None] * ldo + rows[None, :], mask=live, other=0.0)
-        x = _strip_of(block, strip, N, S, R)
-        largest = tl.max(tl.abs(x), axis=0)
-        unit = _multipliers(largest, shared, NVFP4)
-        least = tl.full((R,), float("inf"), tl.float32)
-        kept, peak, codes = tl.zeros((R,), tl.float32), tl.zeros((R,), tl.float32), tl.zeros_like(x)
-        for candidate in range(K):
-            tried = largest * tl.load(ratios + candidate)
-            scale = _multipliers(tried, shared, NVFP4)
+def _store_peak(target, pulls, made, peak, start, ld, rows, r,
+                B: tl.constexpr, G: tl.constexpr, S: tl.constexpr, P: tl.constexpr):  # fmt: skip
+    """The largest target of a group that is about to begin."""
+    largest = tl.zeros_like(rows).to(tl.float32)
+    for first in range(start, start + G, S):
+        columns = _targets(target, pulls, made, first, start, ld, rows, r, B, S, P)
+        for i in tl.static_range(S):
+            largest = tl.maximum(largest, tl.abs(columns[i]))
+    tl.store(peak, largest, mask=rows < r)
+
+
+@triton.jit
+def _walk(target, origin, pulls, made, inverse, multiplier, peaks, r, ld, lds, PEAKS: tl.constexpr,
+          B: tl.constexpr, G: tl.constexpr, S: tl.constexpr, R: tl.constexpr, P: tl.constexpr,
+          LARGEST: tl.constexpr, UNIFORM: tl.constexpr, SMALLEST: tl.constexpr, SHIFT: tl.constexpr):  # fmt: skip
+    rows = tl.program_id(0) * R + tl.arange(0, R)
+    for start in range(0, B, S):
+        group = (start // G) * lds + rows
+        if PEAKS:
+            if start % G == 0:
+                _store_peak(target, pulls, made, peaks + group, start, ld, rows, r, B, G, S, P)
+            scale = _multipliers(tl.load(peaks + group, mask=rows < r, other=0.0), 1.0, False)
             finer = tl.where(scale > 0, tl.div_rn(1.0, scale), 0.0)
-            y, scaled = x * finer[None, :], before * finer[None, :]
-            total = tl.zeros((R,), tl.float32)
+        else:
+            scale = tl.load(multiplier + group, mask=rows < r, other=0.0)
+            finer = tl.load(inverse + group, mask=rows < r, other=0.0)
+        columns = _targets(target, pulls, made, start, start, ld, rows, r, B, S, P)
+        before = _load(origin, start, ld, rows, r, B, S)
+        values, moves = (), ()
+        for j in tl.static_range(S):
+            value = round_to_grid(columns[j] * finer, LARGEST, UNIFORM, SMALLEST, SHIFT) * scale
+            move = value - before[j]
+            values, moves = values + (value,), moves + (move,)
+            columns = _pull(columns, pulls + (start + j) * P + start, move, j, S)
+        _store(target, values, start, ld, rows, r, B, S)
+        _store(made, moves, start, ld, rows, r, B, S)
+
+
+@triton.jit
+def _choose(target, origin, pulls, made, peaks, ratios, cost, whole, r, ld, ldp,
+            K: tl.constexpr, B: tl.constexpr, S: tl.constexpr, R: tl.constexpr, P: tl.constexpr,
+            LARGEST: tl.constexpr, UNIFORM: tl.constexpr, SMALLEST: tl.constexpr, SHIFT: tl.constexpr):  # fmt: skip
+    rows = tl.program_id(0) * R + tl.arange(0, R)
+    shared = tl.load(whole)
+    for start in range(0, B, S):
+        columns = _targets(target, pulls, made, start, start, ld, rows, r, B, S, P)
+        before = _load(origin, start, ld, rows, r, B, S)
+        largest = tl.zeros((R,), tl.float32)
+        for i in tl.static_range(S):
+            largest = tl.maximum(largest, tl.abs(columns[i]))
+        unit = _multipliers(largest, shared, True)
+        least = tl.full((R,), float("inf"), tl.float32)
+        kept, peak = tl.zeros((R,), tl.float32), tl.zeros((R,), tl.float32)
+        codes = ()
+        for i in tl.static_range(S):
+            codes = codes + (tl.zeros((R,), tl.float32),)
+        for candidate in tl.range(0, K, num_stages=1):
+            tried = largest * tl.load(ratios + candidate)
+            scale = _multipliers(tried, shared, True)
+            finer = tl.where(scale > 0, tl.div_rn(1.0, scale), 0.0)
+            scaled = ()
+            for i in tl.static_range(S):
+                scaled = scaled + (columns[i] * finer,)
+            found, total = (), tl.zeros((R,), tl.float32)
             for j in tl.static_range(S):
-                here = _row_of(y, j, S)
-                code = round_to_grid(here, LARGEST, UNIFORM, SMALLEST, SHIFT)
-                total += (here - code) * (here - code) * tl.load(cost + start + j)
-                near = tl.load(pulls + (start + j) * B + part, mask=place > j, other=0.0)
-                move = code - _row_of(scaled, j, S)
-                y = tl.where((place == j)[:, None], code[None, :], y - near[:, None] * move[None, :])
+                code = round_to_grid(scaled[j], LARGEST, UNIFORM, SMALLEST, SHIFT)
+                total += (scaled[j] - code) * (scaled[j] - code) * tl.load(cost + start + j)
+                found = found + (code,)
+                scaled = _pull(scaled, pulls + (start + j) * P + start, code - before[j] * finer, j, S)
             relative = scale / unit
             total = tl.where(scale > 0, total * relative * relative, float("inf"))
             better = total < least
             least, kept = tl.where(better, total, least), tl.where(better, scale, kept)
             peak = tl.where(better, tried, peak)
-            codes = tl.where(better[None, :], y, codes)
-        value = codes * kept[None, :]
-        done = value - before
-        tl.store(peaks + strip * ldp + rows, peak, mask=rows < r)
-        tl.store(target + part[:, None] * ld + rows[None, :], value, mask=live)
-        tl.store(made + part[:, None] * ld + rows[None, :], done, mask=live)
-        block = _later(block, pulls, tl.where(live, done, 0.0), every, part, B)
+            chosen = ()
+            for i in tl.static_range(S):
+                chosen = chosen + (tl.where(better, found[i], codes[i]),)
+            codes = chosen
+        values, moves = (), ()
+        for i in tl.static_range(S):
+            values, moves = values + (codes[i] * kept,), moves + (codes[i] * kept - before[i],)
+        tl.store(peaks + (start // S) * ldp + rows, peak, mask=rows < r)
+        _store(target, values, start, ld, rows, r, B, S)
+        _store(made, moves, start, ld, rows, r, B, S)
 
 
 def cascade_(target: torch.Tensor, origin: torch.Tensor, coupling: torch.Tensor, element: Element,
@@ -145,10 +170,10 @@ def cascade_(target: torch.Tensor, origin: torch.Tensor, coupling: torch.Tensor,
     """``cascade.cascade_`` in one kernel."""
     (width, rows), moves = target.shape, torch.empty_like(target)
     inverse, multiplier = steps
+    pulls = _turned(coupling, _STRIP)
     _walk[(triton.cdiv(rows, _ROWS),)](
-        target, origin, coupling.T.contiguous(), moves, inverse, multiplier, rows, rows, rows, inverse.stride(0), 0,
-        B=width, G=width // inverse.shape[0], S=_STRIP, R=_ROWS, N=_strips(width, _STRIP), **grid_of(element),
-        num_warps=1,
+        target, origin, pulls, moves, inverse, multiplier, inverse, rows, rows, inverse.stride(0), PEAKS=False,
+        B=width, G=width // inverse.shape[0], S=_STRIP, R=_ROWS, P=pulls.shape[0], **grid_of(element), num_warps=1,
     )  # fmt: skip
     return moves
 
@@ -157,13 +182,24 @@ def choosing_cascade_(target: torch.Tensor, origin: torch.Tensor, coupling: torc
                       peak: torch.Tensor, choice: Choice) -> torch.Tensor:  # fmt: skip
     """``cascade.choosing_cascade_`` in one kernel."""
     (width, rows), moves, group = target.shape, torch.empty_like(target), scaling.grouped
-    whole = choice.ratios if scaling.whole is None else scaling.whole
+    if scaling.format.name == "mxfp8":  # powers of two: one candidate, the largest target's own
+        _walk[(triton.cdiv(rows, _ROWS),)](
+            target, origin, _turned(coupling, _STRIP), moves, peak, peak, peak, rows, rows, peak.stride(0), PEAKS=True,
+            B=width, G=group, S=_STRIP, R=_ROWS, P=width, **grid_of(scaling.format.element), num_warps=1,
+        )  # fmt: skip
+        return moves
     _choose[(triton.cdiv(rows, _ROWS),)](
-        target, origin, coupling.T.contiguous(), moves, peak, choice.ratios, choice.cost, whole,
-        rows, rows, rows, peak.stride(0), 0, K=len(choice.ratios), B=width, S=group, R=_ROWS, N=_strips(width, group),
-        NVFP4=scaling.format.name == "nvfp4", **grid_of(scaling.format.element), num_warps=1,
+        target, origin, _turned(coupling, group), moves, peak, choice.ratios, choice.cost, scaling.whole, rows, rows,
+        peak.stride(0), K=len(choice.ratios), B=width, S=group, R=_ROWS, P=width,
+        **grid_of(scaling.format.element), num_warps=1,
     )  # fmt: skip
     return moves
+
+
+def _turned(coupling: torch.Tensor, strip: int) -> torch.Tensor:
+    """What a column asks of later ones, side by side; zeros up to a whole number of strips."""
+    missing = -coupling.shape[0] % strip
+    return torch.nn.functional.pad(coupling.T, (0, missing, 0, missing)).contiguous()
 
 
 def walks(width: int, group: int) -> bool:
@@ -174,8 +210,3 @@ def walks(width: int, group: int) -> bool:
 def chooses(fmt: Format) -> bool:
     """Whether ``choosing_cascade_`` knows the scales of a format."""
     return fmt.name in ("mxfp8", "nvfp4")
-
-
-def _strips(width: int, size: int) -> int:
-    """Strips of a block; a power of two, as tiles in registers are."""
-    return triton.next_power_of_2(triton.cdiv(width, size))
