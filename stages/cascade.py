@@ -37,9 +37,9 @@ class Choice:
     """Float32 (b,): what a squared distance from the target costs in each column."""
 
 
-def cascade_(target: torch.Tensor, origin: torch.Tensor, coupling: torch.Tensor, element: Element,
-             steps: Steps) -> torch.Tensor:  # fmt: skip
-    """Rounds ``target`` (b, r) in place, and gives the moves (b, r): what was rounded to, less ``origin`` (b, r).
+def cascade_(target: torch.Tensor, moves: torch.Tensor, origin: torch.Tensor, coupling: torch.Tensor, element: Element,
+             steps: Steps) -> None:  # fmt: skip
+    """Rounds ``target`` (b, r) in place, and leaves in ``moves`` (b, r) what was rounded to, less ``origin`` (b, r).
 
     Column j is rounded to the grid value nearest to target_j - sum_{i<j} coupling_ji move_i; ``coupling`` (b, b) is
     read below its diagonal. ``steps`` (groups, r) belong to the block's columns, groups of equal width. All tensors
@@ -47,9 +47,8 @@ def cascade_(target: torch.Tensor, origin: torch.Tensor, coupling: torch.Tensor,
     """
     group = target.shape[0] // steps[0].shape[0]
     if (fused := kernels_for(target, "kernels_cascade")) is not None and fused.walks(target.shape[0], group):
-        moved: torch.Tensor = fused.cascade_(target, origin, coupling, element, steps)
-        return moved
-    moves = torch.empty_like(target)
+        fused.cascade_(target, moves, origin, coupling, element, steps)
+        return
     for part in _strips(target.shape[0], group, _STRIP):
         if part.start:
             target[part].addmm_(coupling[part, : part.start], moves[: part.start], alpha=-1)
@@ -57,16 +56,14 @@ def cascade_(target: torch.Tensor, origin: torch.Tensor, coupling: torch.Tensor,
         aims = target[part].mul_(inverse)
         _columns_(aims, origin[part] * inverse, coupling[part, part], element)
         torch.sub(aims.mul_(multiplier), origin[part], out=moves[part])
-    return moves
 
 
-def choosing_cascade_(target: torch.Tensor, origin: torch.Tensor, coupling: torch.Tensor, scaling: Scaling,
-                      peak: torch.Tensor, choice: Choice) -> torch.Tensor:  # fmt: skip
+def choosing_cascade_(target: torch.Tensor, moves: torch.Tensor, origin: torch.Tensor, coupling: torch.Tensor,
+                      scaling: Scaling, peak: torch.Tensor, choice: Choice) -> None:  # fmt: skip
     """``cascade_`` that chooses scales when it reaches their group, and leaves them in ``peak`` (groups, r)."""
     if (fused := kernels_for(target, "kernels_cascade")) is not None and fused.chooses(scaling.format):
-        moved: torch.Tensor = fused.choosing_cascade_(target, origin, coupling, scaling, peak, choice)
-        return moved
-    moves = torch.empty_like(target)
+        fused.choosing_cascade_(target, moves, origin, coupling, scaling, peak, choice)
+        return
     group = target.shape[0] // peak.shape[0]
     for index, part in enumerate(_strips(target.shape[0], group, group)):
         if part.start:
@@ -74,7 +71,6 @@ def choosing_cascade_(target: torch.Tensor, origin: torch.Tensor, coupling: torc
         here = Choice(choice.ratios, choice.cost[part])
         _choose_(target[part], origin[part], coupling[part, part], scaling, peak[index], here)
         torch.sub(target[part], origin[part], out=moves[part])
-    return moves
 
 
 def _strips(count: int, group: int, width: int) -> Iterator[slice]:

@@ -59,17 +59,17 @@ class Panel:
         yield from (blocks[first : first + _RUN] for first in range(0, len(blocks), _RUN))
 
 
-Cascade = Callable[[torch.Tensor, slice, slice], torch.Tensor]
-"""Rounds the target of a block of columns (and of groups) in place, and gives its moves."""
+Cascade = Callable[[torch.Tensor, torch.Tensor, slice, slice], None]
+"""Rounds the target of a block of columns (and of groups) in place, and leaves its moves."""
 
 
 def feed_back(weight: torch.Tensor, peak: torch.Tensor, factor: Factor, scaling: Scaling) -> Panel:
     """Rounds (n, r) weights in one pass under scales of ``peak`` (G, r)."""
     steps = scaling.steps(peak)
 
-    def cascade(target: torch.Tensor, part: slice, groups: slice) -> torch.Tensor:
+    def cascade(target: torch.Tensor, moves: torch.Tensor, part: slice, groups: slice) -> None:
         here = steps[0][groups], steps[1][groups]
-        return cascade_(target, weight[part], factor.lower[part, part], scaling.format.element, here)
+        cascade_(target, moves, weight[part], factor.lower[part, part], scaling.format.element, here)
 
     return _feed_back(Panel.of(weight, peak), factor, cascade)
 
@@ -78,9 +78,9 @@ def feed_back_choosing(weight: torch.Tensor, factor: Factor, scaling: Scaling, c
     """The same while scales are chosen group by group; ``choice.cost`` is (n,)."""
     panel = Panel.of(weight, weight.new_empty(weight.shape[0] // scaling.grouped, weight.shape[1]))
 
-    def cascade(target: torch.Tensor, part: slice, groups: slice) -> torch.Tensor:
-        here = Choice(choice.ratios, choice.cost[part])
-        return choosing_cascade_(target, weight[part], factor.lower[part, part], scaling, panel.peak[groups], here)
+    def cascade(target: torch.Tensor, moves: torch.Tensor, part: slice, groups: slice) -> None:
+        here, coupling = Choice(choice.ratios, choice.cost[part]), factor.lower[part, part]
+        choosing_cascade_(target, moves, weight[part], coupling, scaling, panel.peak[groups], here)
 
     return _feed_back(panel, factor, cascade)
 
@@ -99,9 +99,9 @@ def sweep_(panel: Panel, factor: Factor, scaling: Scaling) -> None:
     """Offers every weight of the panel its best value given all others, column by column; the loss never rises."""
     steps = scaling.steps(panel.peak)
 
-    def cascade(target: torch.Tensor, part: slice, groups: slice) -> torch.Tensor:
+    def cascade(target: torch.Tensor, moves: torch.Tensor, part: slice, groups: slice) -> None:
         here = steps[0][groups], steps[1][groups]
-        return cascade_(target, panel.values[part], factor.pull[part, part], scaling.format.element, here)
+        cascade_(target, moves, panel.values[part], factor.pull[part, part], scaling.format.element, here)
 
     for run in panel.blocks():
         whole = _whole(run)
@@ -118,10 +118,10 @@ def _walk_(
     """Rounds the targets of a run, block by block, in place; its moves."""
     moves, first = torch.empty_like(target), run[0][0].start
     for part, groups in run:
-        here = target[part.start - first : part.stop - first]
+        here = slice(part.start - first, part.stop - first)
         if part.start > first:
-            here.addmm_(coupling[part, first : part.start], moves[: part.start - first], alpha=-1)
-        moves[part.start - first : part.stop - first] = cascade(here, part, groups)
+            target[here].addmm_(coupling[part, first : part.start], moves[: here.start], alpha=-1)
+        cascade(target[here], moves[here], part, groups)
     return moves
 
 

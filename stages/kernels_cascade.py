@@ -2,8 +2,7 @@
 # ruff: noqa: RUF005, SIM108, B007 (Triton compiles no more than this of Python)
 """Triton kernels of the cascades: each thread walks down the columns of a block for one row, all in registers.
 
-``pulls`` is the coupling turned, so that what a column asks of later ones lies side by side. Results are those of
-``cascade`` but for the last bits of sums.
+Results are those of ``cascade`` but for the last bits of sums.
 """
 
 from __future__ import annotations
@@ -45,24 +44,25 @@ def _store(matrix, columns, start, ld, rows, r, B: tl.constexpr, S: tl.constexpr
 
 
 @triton.jit
-def _pull(columns, pulls, move, after: tl.constexpr, S: tl.constexpr):
-    """Columns behind ``after`` less what a move asks of them; ``pulls`` points at what it asks of the first."""
+def _pull(columns, coupling, move, ldc, left, after: tl.constexpr, S: tl.constexpr):
+    """Columns behind ``after``, of ``left`` that there are, less what a move asks of them; ``coupling`` points at what
+    it asks of the first."""
     moved = ()
     for i in tl.static_range(S):
         if i > after:
-            moved = moved + (columns[i] - tl.load(pulls + i) * move,)
+            moved = moved + (columns[i] - tl.load(coupling + i * ldc, mask=i < left, other=0.0) * move,)
         else:
             moved = moved + (columns[i],)
     return moved
 
 
 @triton.jit
-def _targets(target, pulls, made, start, done, ld, rows, r, B: tl.constexpr, S: tl.constexpr, P: tl.constexpr):
+def _targets(target, coupling, made, start, done, ld, ldc, rows, r, B: tl.constexpr, S: tl.constexpr):
     """Targets of a strip, less what the ``done`` first moves ask of them: each thread reads its own again."""
     columns = _load(target, start, ld, rows, r, B, S)
     for column in tl.range(0, done, num_stages=1):
         move = tl.load(made + column * ld + rows, mask=rows < r, other=0.0)
-        columns = _pull(columns, pulls + column * P + start, move, -1, S)
+        columns = _pull(columns, coupling + start * ldc + column, move, ldc, B - start, -1, S)
     return columns
 
 
@@ -79,52 +79,52 @@ def _multipliers(peak, whole, NVFP4: tl.constexpr):
 
 
 @triton.jit
-def _store_peak(target, pulls, made, peak, start, ld, rows, r,
-                B: tl.constexpr, G: tl.constexpr, S: tl.constexpr, P: tl.constexpr):  # fmt: skip
+def _store_peak(target, coupling, made, peak, start, ld, ldc, rows, r,
+                B: tl.constexpr, G: tl.constexpr, S: tl.constexpr):  # fmt: skip
     """The largest target of a group that is about to begin."""
     largest = tl.zeros_like(rows).to(tl.float32)
     for first in range(start, start + G, S):
-        columns = _targets(target, pulls, made, first, start, ld, rows, r, B, S, P)
+        columns = _targets(target, coupling, made, first, start, ld, ldc, rows, r, B, S)
         for i in tl.static_range(S):
             largest = tl.maximum(largest, tl.abs(columns[i]))
     tl.store(peak, largest, mask=rows < r)
 
 
 @triton.jit
-def _walk(target, origin, pulls, made, inverse, multiplier, peaks, r, ld, lds, PEAKS: tl.constexpr,
-          B: tl.constexpr, G: tl.constexpr, S: tl.constexpr, R: tl.constexpr, P: tl.constexpr,
+def _walk(target, origin, coupling, made, inverse, multiplier, peaks, r, ld, ldc, lds, PEAKS: tl.constexpr,
+          B: tl.constexpr, G: tl.constexpr, S: tl.constexpr, R: tl.constexpr,
           LARGEST: tl.constexpr, UNIFORM: tl.constexpr, SMALLEST: tl.constexpr, SHIFT: tl.constexpr):  # fmt: skip
     rows = tl.program_id(0) * R + tl.arange(0, R)
     for start in range(0, B, S):
         group = (start // G) * lds + rows
         if PEAKS:
             if start % G == 0:
-                _store_peak(target, pulls, made, peaks + group, start, ld, rows, r, B, G, S, P)
+                _store_peak(target, coupling, made, peaks + group, start, ld, ldc, rows, r, B, G, S)
             scale = _multipliers(tl.load(peaks + group, mask=rows < r, other=0.0), 1.0, False)
             finer = tl.where(scale > 0, tl.div_rn(1.0, scale), 0.0)
         else:
             scale = tl.load(multiplier + group, mask=rows < r, other=0.0)
             finer = tl.load(inverse + group, mask=rows < r, other=0.0)
-        columns = _targets(target, pulls, made, start, start, ld, rows, r, B, S, P)
+        columns = _targets(target, coupling, made, start, start, ld, ldc, rows, r, B, S)
         before = _load(origin, start, ld, rows, r, B, S)
         values, moves = (), ()
         for j in tl.static_range(S):
             value = round_to_grid(columns[j] * finer, LARGEST, UNIFORM, SMALLEST, SHIFT) * scale
             move = value - before[j]
             values, moves = values + (value,), moves + (move,)
-            columns = _pull(columns, pulls + (start + j) * P + start, move, j, S)
+            columns = _pull(columns, coupling + start * ldc + start + j, move, ldc, B - start, j, S)
         _store(target, values, start, ld, rows, r, B, S)
         _store(made, moves, start, ld, rows, r, B, S)
 
 
 @triton.jit
-def _choose(target, origin, pulls, made, peaks, ratios, cost, whole, r, ld, ldp,
-            K: tl.constexpr, B: tl.constexpr, S: tl.constexpr, R: tl.constexpr, P: tl.constexpr,
+def _choose(target, origin, coupling, made, peaks, ratios, cost, whole, r, ld, ldc, ldp,
+            K: tl.constexpr, B: tl.constexpr, S: tl.constexpr, R: tl.constexpr,
             LARGEST: tl.constexpr, UNIFORM: tl.constexpr, SMALLEST: tl.constexpr, SHIFT: tl.constexpr):  # fmt: skip
     rows = tl.program_id(0) * R + tl.arange(0, R)
     shared = tl.load(whole)
     for start in range(0, B, S):
-        columns = _targets(target, pulls, made, start, start, ld, rows, r, B, S, P)
+        columns = _targets(target, coupling, made, start, start, ld, ldc, rows, r, B, S)
         before = _load(origin, start, ld, rows, r, B, S)
         largest = tl.zeros((R,), tl.float32)
         for i in tl.static_range(S):
@@ -147,7 +147,8 @@ def _choose(target, origin, pulls, made, peaks, ratios, cost, whole, r, ld, ldp,
                 code = round_to_grid(scaled[j], LARGEST, UNIFORM, SMALLEST, SHIFT)
                 total += (scaled[j] - code) * (scaled[j] - code) * tl.load(cost + start + j)
                 found = found + (code,)
-                scaled = _pull(scaled, pulls + (start + j) * P + start, code - before[j] * finer, j, S)
+                move = code - before[j] * finer
+                scaled = _pull(scaled, coupling + start * ldc + start + j, move, ldc, B - start, j, S)
             relative = scale / unit
             total = tl.where(scale > 0, total * relative * relative, float("inf"))
             better = total < least
@@ -165,41 +166,29 @@ def _choose(target, origin, pulls, made, peaks, ratios, cost, whole, r, ld, ldp,
         _store(made, moves, start, ld, rows, r, B, S)
 
 
-def cascade_(target: torch.Tensor, origin: torch.Tensor, coupling: torch.Tensor, element: Element,
-             steps: Steps) -> torch.Tensor:  # fmt: skip
+def cascade_(target: torch.Tensor, moves: torch.Tensor, origin: torch.Tensor, coupling: torch.Tensor, element: Element,
+             steps: Steps) -> None:  # fmt: skip
     """``cascade.cascade_`` in one kernel."""
-    (width, rows), moves = target.shape, torch.empty_like(target)
-    inverse, multiplier = steps
-    pulls = _turned(coupling, _STRIP)
+    (width, rows), (inverse, multiplier) = target.shape, steps
     _walk[(triton.cdiv(rows, _ROWS),)](
-        target, origin, pulls, moves, inverse, multiplier, inverse, rows, rows, inverse.stride(0), PEAKS=False,
-        B=width, G=width // inverse.shape[0], S=_STRIP, R=_ROWS, P=pulls.shape[0], **grid_of(element), num_warps=1,
+        target, origin, coupling, moves, inverse, multiplier, inverse, rows, rows, coupling.stride(0),
+        inverse.stride(0), PEAKS=False, B=width, G=width // inverse.shape[0], S=_STRIP, R=_ROWS, **grid_of(element),
+        num_warps=1,
     )  # fmt: skip
-    return moves
 
 
-def choosing_cascade_(target: torch.Tensor, origin: torch.Tensor, coupling: torch.Tensor, scaling: Scaling,
-                      peak: torch.Tensor, choice: Choice) -> torch.Tensor:  # fmt: skip
+def choosing_cascade_(target: torch.Tensor, moves: torch.Tensor, origin: torch.Tensor, coupling: torch.Tensor,
+                      scaling: Scaling, peak: torch.Tensor, choice: Choice) -> None:  # fmt: skip
     """``cascade.choosing_cascade_`` in one kernel."""
-    (width, rows), moves, group = target.shape, torch.empty_like(target), scaling.grouped
+    (width, rows), grid = target.shape, (triton.cdiv(target.shape[1], _ROWS),)
+    strides = rows, rows, coupling.stride(0), peak.stride(0)
     if scaling.format.name == "mxfp8":  # powers of two: one candidate, the largest target's own
-        _walk[(triton.cdiv(rows, _ROWS),)](
-            target, origin, _turned(coupling, _STRIP), moves, peak, peak, peak, rows, rows, peak.stride(0), PEAKS=True,
-            B=width, G=group, S=_STRIP, R=_ROWS, P=width, **grid_of(scaling.format.element), num_warps=1,
-        )  # fmt: skip
-        return moves
-    _choose[(triton.cdiv(rows, _ROWS),)](
-        target, origin, _turned(coupling, group), moves, peak, choice.ratios, choice.cost, scaling.whole, rows, rows,
-        peak.stride(0), K=len(choice.ratios), B=width, S=group, R=_ROWS, P=width,
-        **grid_of(scaling.format.element), num_warps=1,
-    )  # fmt: skip
-    return moves
-
-
-def _turned(coupling: torch.Tensor, strip: int) -> torch.Tensor:
-    """What a column asks of later ones, side by side; zeros up to a whole number of strips."""
-    missing = -coupling.shape[0] % strip
-    return torch.nn.functional.pad(coupling.T, (0, missing, 0, missing)).contiguous()
+        _walk[grid](target, origin, coupling, moves, peak, peak, peak, *strides, PEAKS=True, B=width,
+                    G=scaling.grouped, S=_STRIP, R=_ROWS, **grid_of(scaling.format.element), num_warps=1)  # fmt: skip
+        return
+    _choose[grid](target, origin, coupling, moves, peak, choice.ratios, choice.cost, scaling.whole, *strides,
+                  K=len(choice.ratios), B=width, S=scaling.grouped, R=_ROWS, **grid_of(scaling.format.element),
+                  num_warps=1)  # fmt: skip
 
 
 def walks(width: int, group: int) -> bool:
