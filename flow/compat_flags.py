@@ -88,7 +88,7 @@ _FORMATS = (
     Flag("--dynamic-convrot", "Rotate every layer by the largest group that divides."),
     Flag("--input-scale", "Store an activation scale of 1.0 with FP8 layers."),
     Flag("--input-scales", "File of activation scales.", str,
-         instead="--input-scale stores 1.0 with FP8 layers; measured scales cannot be given yet"),
+         instead="--input-scale stores 1.0 with FP8 layers; quantloom convert --input-scale amax takes measured ones"),
     Flag("--no-normalize-scales", "Without effect."),
     Flag("--exclude-layers", "Regular expression: keep layers that match.", str),
     Flag("--custom-layers", "Regular expression: layers that get --custom-type, whatever filters say.", str),

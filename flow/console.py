@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..formats.errors import QuantloomError, UsageError, printable
 from .progress import Display
-from .quality import MEASURES, gains
+from .quality import MEASURES, Column, gains
 from .sizes import count, show_size
 from .tables import Name, short_size, shortened
 
@@ -183,9 +183,10 @@ def print_verification(result: Verification, most: int) -> None:
     """Worst layers, problems, and the verdict."""
     console = stdout()
     measured = [column for column in MEASURES if any(column.of(layer) for layer in result.worst)]
-    table = _table("layer", "format", ">relative error", *(f">{column.heading}" for column in measured))
+    columns = measured or [Column("relative error", lambda layer: f"{layer.error:.5f}")]
+    table = _table("layer", "format", *(f">{column.heading}" for column in columns))
     for layer in result.worst[:most]:
-        table.add_row(Name(layer.name), layer.format, f"{layer.error:.5f}", *(column.of(layer) for column in measured))
+        table.add_row(Name(layer.name), layer.format, *(column.of(layer) for column in columns))
     if result.worst:
         console.print(f"Worst {min(most, len(result.worst))} of {count(len(result.worst), 'quantized layer')}:")
         console.print(table)
@@ -195,9 +196,11 @@ def print_verification(result: Verification, most: int) -> None:
         console.print(f"[yellow]warning:[/] {_escape(name)}: not in the source", soft_wrap=True)
     for line in gains([layer.quality for layer in result.worst if layer.quality]):
         console.print(line)
-    kept = len(result.layers) - len(result.worst)
+    corrected = sum(layer.corrected for layer in result.layers)
+    kept = len(result.layers) - len(result.worst) - corrected
     verdict = "sound" if result.ok else f"BROKEN ({count(len(result.problems), 'problem')})"
     layers = f"{count(len(result.worst), 'quantized layer')}, {count(kept, 'tensor')} kept as they were"
+    layers += f", {count(corrected, 'corrected bias vector')}" if corrected else ""
     console.print(f"{_escape(result.output)}: {verdict}; {layers}", soft_wrap=True)
 
 

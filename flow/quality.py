@@ -39,7 +39,7 @@ MEASURES = (
 )
 """What a layer's errors are shown as; a column stands where a layer has something in it."""
 
-_WORDS = {"weight": "error", "projected": "projected error", "output": "output error"}
+_WORDS = {"weight": "error", "projected": "projected error", "output": "output error on these statistics"}
 
 
 def gains(qualities: Sequence[Quality]) -> list[str]:

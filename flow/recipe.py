@@ -106,6 +106,11 @@ class Recipe:
         """The stages as plan digest and output header have them: without what depends on the machine."""
         return [{"stage": stage.verb, **stage.identity()} for stage in self.stages]
 
+    @property
+    def statistics(self) -> str | None:
+        """The statistics store that the quantize stage names."""
+        return next((getattr(stage, "statistics", None) for stage in self.stages if stage.verb == "quantize"), None)
+
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2)
 

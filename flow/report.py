@@ -68,6 +68,8 @@ class Report:
     warnings: tuple[str, ...] = ()
     distributed: bool = False
     """Whether a Dask cluster did the work; ``peak_bytes`` is then the client's, not the workers'."""
+    statistics: str = ""
+    """The store that was used."""
     index: str = ""
     """Path of the index, where ``output`` names no file because it was split into shards beside each other."""
 
@@ -87,7 +89,8 @@ class Report:
         import shlex
 
         against = [word for source in self.source for word in ("--against", source)]
-        return shlex.join(["quantloom", "verify", self.index or self.output, *against])
+        statistics = ["--statistics", self.statistics] if self.statistics else []
+        return shlex.join(["quantloom", "verify", self.index or self.output, *against, *statistics])
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
@@ -194,8 +197,8 @@ def make_report(plan: Plan, receipts: Sequence[Receipt], seconds: float, distrib
     index = index_file(plan.shards) if is_single_file(plan.output.path) else None
     return Report(
         plan.recipe.source, plan.output.path, tuple(layers), dict(plan.kept.most_common()),
-        plan.nbytes_in, plan.nbytes_out, seconds, peak_memory(), plan.notes, plan.warnings,
-        distributed, str(index[0]) if index else "",
+        plan.nbytes_in, plan.nbytes_out, seconds, peak_memory(), plan.notes, plan.warnings, distributed,
+        plan.recipe.statistics or "", str(index[0]) if index else "",
     )  # fmt: skip
 
 

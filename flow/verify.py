@@ -32,6 +32,8 @@ class LayerCheck:
     """Relative Frobenius error over all weights; 0 for one that is equal."""
     problem: str = ""
     """What is broken; empty when it is sound."""
+    corrected: bool = False
+    """Whether it is a bias that was rewritten."""
     quality: Quality | None = None
     """Its errors beside plain rounding, when statistics were given."""
 
@@ -133,7 +135,7 @@ def _bias(made: Layer, source: Layer) -> LayerCheck:
     if made.weight.shape != source.weight.shape or made.weight.dtype != source.weight.dtype:
         return LayerCheck(made.name, "", math.inf, "a corrected bias of another shape or dtype than its source")
     finite = bool(whole(made).isfinite().all()) or not whole(source).isfinite().all()
-    return LayerCheck(made.name, "", 0.0, "" if finite else "a corrected bias that is not finite")
+    return LayerCheck(made.name, "", 0.0, "" if finite else "a corrected bias that is not finite", corrected=True)
 
 
 def _same_storage(made: Encoding, source: Encoding) -> bool:

@@ -34,7 +34,8 @@ class Evidence:
         return self.statistics.digest
 
     def __contains__(self, name: str) -> bool:
-        return name in self.statistics
+        """Whether the layer has statistics that its steps can use: inputs run along the columns of its weight."""
+        return name in self.statistics and not self.statistics.transposed(name)
 
     def check(self, layers: Sequence[LayerPlan]) -> None:
         """PlanError with the list of what does not fit: unknown names, other widths, no tokens."""
@@ -51,7 +52,7 @@ class Evidence:
 
     def inputs(self, name: str, rotation: int | None, centred: bool) -> Inputs | None:
         """The statistics of a layer as its steps use them, or None without any."""
-        if name not in self.statistics:
+        if name not in self:
             return None
         return Inputs(self.statistics.path, name, self.statistics.input_of(name), rotation, centred)
 

@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-# ruff: noqa: RUF005, SIM108, B007 (Triton compiles no more than this of Python)
+# ruff: noqa: RUF005, B007 (Triton compiles no more than this of Python)
 """Triton kernels of the cascades: each thread walks down the columns of a block for one row, all in registers.
 
 Results are those of ``cascade`` but for the last bits of sums.

@@ -92,7 +92,7 @@ class RoundingInfo:
 _ALL = (
     RoundingInfo("nearest", "", "Scales from the largest weight, codes to nearest. The fastest, and the most common."),
     RoundingInfo("mse", "",
-                 "Scales of least squared error, codes to nearest. The default: best for outputs without data."),
+                 "Scales of least squared error, codes to nearest. The default without data."),
     RoundingInfo("learned", "learned:Learned",
                  "Without data: moves the error out of the weight's dominant subspaces. A proxy for outputs."),
     RoundingInfo("calibrated", "calibrated:Calibrated",

@@ -23,7 +23,7 @@ from typing import Any
 from ..formats.errors import UsageError, did_you_mean, shown
 from ..formats.registry import FORMATS, format_info
 
-_TYPES: dict[str, tuple[type, str]] = {
+_TYPES: dict[str, tuple[Any, str]] = {
     "format": (str, "a format name"),
     "scaling": (str, "a scaling such as 'row'"),
     "block_size": (int, "a whole number above 0"),
@@ -31,7 +31,7 @@ _TYPES: dict[str, tuple[type, str]] = {
     "rounding": (str, "a rounding such as 'mse'"),
     "rounding_options": (dict, "options of the rounding, such as {'damping': 0.1}"),
     "full_precision_matmul": (bool, "true or false"),
-    "input_scale": (float, "a number such as 1.0"),
+    "input_scale": (float | str, "a number such as 1.0, amax, or a percentile such as p99.9"),
     "heuristics": (bool, "true or false"),
     "skip": (bool, "true or false"),
 }

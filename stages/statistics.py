@@ -179,10 +179,7 @@ class Statistics:
             shape, width = layers.get(name), self.width(name)
             if shape is None:
                 problems.append(f"{name}: the checkpoint has no such layer{_near(name, layers)}")
-            elif self.transposed(name):
-                problems.append(f"{name}: its weight is stored (inputs, outputs), as Conv1D keeps it; inputs must run "
-                                "along columns")  # fmt: skip
-            elif shape[1] != width:
+            elif shape[0 if self.transposed(name) else 1] != width:
                 problems.append(f"{name}: statistics of {width} inputs, but the weight is {shape[0]}x{shape[1]}")
         return problems
 

@@ -27,7 +27,8 @@ def commands(document: Path) -> list[list[str]]:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory that holds ``flux-dev/``, a small checkpoint with Flux's names."""
+    """A working directory with ``flux-dev/``, a small checkpoint with Flux's names, ``llama/``, a model that runs, and
+    ``book.txt``."""
     spec = importlib.util.spec_from_file_location("make_checkpoint", ROOT / "benchmarks" / "make_checkpoint.py")
     assert spec is not None
     assert spec.loader is not None
@@ -36,8 +37,25 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     spec.loader.exec_module(module)
     module.make_checkpoint(tmp_path / "flux-dev", "flux", 0.02, 2)
     (tmp_path / "model.safetensors").symlink_to(next((tmp_path / "flux-dev").glob("*.safetensors")))
+    make_llama(tmp_path / "llama")
+    (tmp_path / "book.txt").write_text(" ".join(f"w{number % 60}" for number in range(4000)))
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+def make_llama(folder: Path) -> None:
+    """A tiny language model with a tokenizer, as transformers stores them."""
+    import tokenizers
+    import transformers
+
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    words = {f"w{number}": number for number in range(63)} | {"[UNK]": 63}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=made, unk_token="[UNK]").save_pretrained(folder)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
