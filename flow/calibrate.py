@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
-from ..formats.errors import PlanError, UsageError
+from ..formats.errors import PlanError, SinkError, UsageError
 from .batches import Run, call_model, check_batches, evaluating
 from .calibration_run import CalibrationRun, Progress, Silent
 from .sizes import count, parse_size
@@ -85,10 +85,12 @@ def calibrate(
     found = linear_layers(model)
     if not found:
         raise UsageError(f"{type(model).__name__} has no linear layer (torch.nn.Linear or transformers' Conv1D)")
+    if "" in found:
+        raise UsageError("the model is itself a linear layer, which has no name; put it into a torch.nn.Module")
     layers, notes = named_layers(model, found, options.get("checkpoint"))
     root = Path(out).absolute()
     root.parent.mkdir(parents=True, exist_ok=True)
-    with hold([root.with_name(f".{root.name}.lock")]), evaluating(model), _out_of_memory():
+    with hold([root.with_name(f".{root.name}.lock")]), evaluating(model), _failures(root):
         run = CalibrationRun(model, batches, options.get("run") or call_model, layers)
         bound = _bound(layers, options)
         groups = run.groups(options.get("share", True))
@@ -123,9 +125,14 @@ def _bound(layers: dict[str, Linear], options: Options) -> int:
 
 
 @contextmanager
-def _out_of_memory() -> Iterator[None]:
+def _failures(root: Path) -> Iterator[None]:
+    """Errors of memory and disk in words, with the way out."""
     try:
         yield
+    except OSError as error:
+        raise SinkError(
+            f"{error.filename or root}: {error.strerror or error}; what is complete is kept: run the same command again"
+        ) from error
     except (MemoryError, RuntimeError) as error:
         text = str(error) or type(error).__name__
         if not (isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text):

@@ -30,6 +30,7 @@ Examples:
   quantloom convert flux-dev/ flux-dev-mxfp8.safetensors --format mxfp8
   quantloom convert model.safetensors out/ --format fp8 --scaling row --exclude 'final_layer'
   quantloom convert model.safetensors out.safetensors --format int8 --rotate hadamard:256
+  quantloom convert llama/ out/ --format nvfp4 --rounding calibrated --statistics stats.zarr
   quantloom plan flux-dev/ --format nvfp4
 """
 

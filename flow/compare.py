@@ -34,7 +34,15 @@ _RANGE_WEIGHTS = 1 << 18
 
 FEEDBACK = 2.0
 """Methods that compensate a weight's error in others move weights away from the nearest code, for less error in
-outputs: their layers' error may be this many times the bound, and single weights lie anywhere."""
+outputs: their layers' error may be this many times the bound ..."""
+
+FEEDBACK_WEIGHT = {"": 0.0, "fp8": 0.6, "fp8_e5m2": 0.7, "int8": 0.6, "mxfp8": 0.6, "nvfp4": 1.0}
+"""... and a weight may be off by this share of the largest of its row: several steps of the grid, and what is clipped.
+A weight whose sign was flipped is found when it is large, and what is small hardly matters."""
+
+FEEDBACK_ROW = 0.8
+"""... and a row by this share of its norm, beside the smallest steps: one of zeros is off by 1, one of flipped signs by
+2, one of another's weights by 1.4."""
 
 
 @dataclass
@@ -52,6 +60,10 @@ class Comparison:
     """Largest distance of one weight, beyond its own share of ``WEIGHT_BOUNDS`` ..."""
     where: str = ""
     """... and which one that is."""
+    row_excess: float = -math.inf
+    """Largest distance of a row, or of one weight in it, beyond what compensation explains ..."""
+    row: str = ""
+    """... and which row that is."""
 
     @property
     def error(self) -> float:
@@ -69,6 +81,8 @@ class Comparison:
             bound = max(bound, self.amax / 254 * math.sqrt(self.numel / self.weight))
         if not self.error <= bound:
             return f"relative error {self.error:.4f} is above {bound:.3g}, which no sound {name or 'copy'} reaches"
+        if feedback and self.row_excess > 0:
+            return f"{self.row}: further off than {name} can be"
         if not feedback and self.excess > WEIGHT_BOUNDS[name][1] * (rotation or 1) * self.amax:
             return f"{self.where}: further off than {name or 'a copy'} can be"
         return ""
@@ -88,6 +102,7 @@ def compare(made: Layer, source: Layer, environment: Environment) -> Comparison:
         found.difference += _sum((distance / unit).square_()) * unit**2  # squares of float32 leave its range
         found.weight += _sum((magnitude / unit).square_()) * unit**2
         found.amax = max(found.amax, float(magnitude.max()))
+        _compare_rows(found, distance, magnitude, name, first)
         share = _block_amax(theirs) if name == "nvfp4" else magnitude
         distance.sub_(share, alpha=WEIGHT_BOUNDS[name][0])
         if float(distance.max()) > found.excess:
@@ -98,6 +113,18 @@ def compare(made: Layer, source: Layer, environment: Environment) -> Comparison:
             found.where = f"weight {place} is {values[0]:.6g}, the source has {values[1]:.6g}"
         first += theirs.shape[0]
     return found
+
+
+def _compare_rows(
+    found: Comparison, distance: torch.Tensor, magnitude: torch.Tensor, name: str, first: int
+) -> None:
+    """Notes the row that lies furthest off beyond ``FEEDBACK_ROW`` and ``FEEDBACK_WEIGHT``."""
+    step = 4.0 * WEIGHT_BOUNDS[name][1] * found.amax
+    rows = distance.norm(dim=1) - FEEDBACK_ROW * magnitude.norm(dim=1) - step * math.sqrt(distance.shape[1])
+    weights = distance.amax(1) - FEEDBACK_WEIGHT[name] * magnitude.amax(1) - 2 * step
+    worst = torch.maximum(rows, weights)
+    if float(worst.max()) > found.row_excess:
+        found.row_excess, found.row = float(worst.max()), f"row {first + int(worst.argmax())}"
 
 
 def _sum(x: torch.Tensor) -> float:

@@ -134,7 +134,10 @@ def _rounding_options(given: tuple[str, ...]) -> dict[str, Any]:
     pairs = [text.partition("=") for text in given]
     if wrong := [text for text, pair in zip(given, pairs, strict=True) if not pair[0] or not pair[1]]:
         raise click.UsageError(f"--rounding-option {wrong[0]!r} is not NAME=VALUE, such as damping=0.1")
-    return {name.strip().replace("-", "_"): _value(value.strip()) for name, _, value in pairs}
+    values = {name.strip().replace("-", "_"): _value(value.strip()) for name, _, value in pairs}
+    if len(values) < len(pairs):
+        raise click.UsageError(f"--rounding-option names an option twice: {', '.join(given)}")
+    return values
 
 
 def _value(text: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -37,14 +38,18 @@ class Origin:
         """Whether biases of quantized layers were corrected."""
         return self.stages.get("quantize", {}).get("bias_correction") is True
 
-    @property
-    def feedback(self) -> bool:
-        """Whether any layer may be rounded by a method that looks at a whole matrix."""
+    def feedback(self, name: str) -> bool:
+        """Whether a layer may be rounded by a method that looks at a whole matrix: by a rule, or as all others are."""
         rules = self.stages.get("target", {}).get("rules")
-        settings = [rule.get("settings") for rule in rules if isinstance(rule, dict)] if isinstance(rules, list) else []
-        given = (self.stages.get("quantize", {}), *settings)
-        named = {str(item.get("rounding", BY_ROWS[0])) for item in given if isinstance(item, dict)}
-        return not named <= set(BY_ROWS)
+        settings = []
+        for rule in rules if isinstance(rules, list) else []:
+            try:
+                if re.search(rule["pattern"], name):
+                    settings.append(rule["settings"]["rounding"])
+            except (KeyError, TypeError, re.error):
+                continue
+        named = settings or [self.stages.get("quantize", {}).get("rounding", BY_ROWS[0])]
+        return not set(map(str, named)) <= set(BY_ROWS)
 
     def removed(self, missing: Sequence[str]) -> set[str]:
         """Of the missing layers, those that the preset drops on purpose."""

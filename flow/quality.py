@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -40,6 +40,18 @@ MEASURES = (
 """What a layer's errors are shown as; a column stands where a layer has something in it."""
 
 _WORDS = {"weight": "error", "projected": "projected error", "output": "output error on these statistics"}
+
+
+def quality_dict(quality: Quality) -> dict[str, Any]:
+    """JSON values; an error that is no number is written as null."""
+
+    def errors(found: Errors) -> dict[str, float | None]:
+        values: dict[str, float | None] = asdict(found)
+        return {name: value if value is not None and math.isfinite(value) else None for name, value in values.items()}
+
+    return {
+        "stored": errors(quality.stored), "nearest": errors(quality.nearest), "kept_start": quality.kept_start,
+    }  # fmt: skip
 
 
 def gains(qualities: Sequence[Quality]) -> list[str]:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import html
 import json
+import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..formats.shards import index_file, is_single_file
 from ..stages.work import Receipt
 from .plan import Plan
-from .quality import MEASURES, Column, gains
+from .quality import MEASURES, Column, gains, quality_dict
 from .sizes import count, show_seconds, show_size
 from .tables import Name, short_size
 
@@ -44,9 +45,10 @@ class LayerReport:
         """JSON values."""
         return {
             "name": self.name, "format": self.format, "rounding": self.rounding,
-            "bytes_in": self.nbytes_in, "bytes_out": self.nbytes_out, "error": self.error,
+            "bytes_in": self.nbytes_in, "bytes_out": self.nbytes_out,
+            "error": self.error if math.isfinite(self.error) else None,
             "error_sampled": self.quality is None, "seconds": self.seconds,
-            **({} if self.quality is None else asdict(self.quality)),
+            **({} if self.quality is None else quality_dict(self.quality)),
         }  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from .budget import CPU_CHUNK_BYTES
 from .compare import compare, whole
 from .inspect import describe
 from .origin import Origin
+from .quality import quality_dict
 from .threads import map_layers
 from .verify_quality import measure, open_evidence
 
@@ -70,8 +71,12 @@ class Verification:
     def to_dict(self) -> dict[str, Any]:
         """JSON values; an error that is no number is written as null."""
         layers = [
-            {**asdict(layer), "error": layer.error if math.isfinite(layer.error) else None} for layer in self.layers
-        ]
+            {
+                **asdict(layer), "error": layer.error if math.isfinite(layer.error) else None,
+                "quality": None if layer.quality is None else quality_dict(layer.quality),
+            }
+            for layer in self.layers
+        ]  # fmt: skip
         return {
             "output": self.output, "source": self.source, "ok": self.ok, "problems": self.problems, "layers": layers,
             "missing": list(self.missing), "unknown": list(self.unknown),
@@ -93,16 +98,21 @@ def verify(
     common = [name for name in theirs if name in ours]
     origin = Origin.of(made)
     evidence = None if statistics is None else open_evidence(statistics, list(theirs.values()))
-    corrected = {f"{name}.bias" for name in ours if ours[name].encoding} if origin.bias_correction else set()
+    biases = {f"{name}.bias" for name in ours if ours[name].encoding} if origin.bias_correction else set()
+    corrected = biases & ours.keys() & theirs.keys()
     checks = map_layers(
         lambda name, environment: _bias(ours[name], theirs[name]) if name in corrected
         else _check(ours[name], theirs[name], origin, environment), common, workers,
     )  # fmt: skip
     if evidence is not None:
+        sound = [check.name for check in checks if check.format and not check.problem]
+        pairs = {name: (ours[bias], theirs[bias]) for name in sound if (bias := f"{name}.bias") in corrected}
         found = map_layers(
-            lambda name, environment: measure(ours[name], theirs[name], evidence, environment), common, workers=1
-        )
-        checks = [replace(check, quality=quality) for check, quality in zip(checks, found, strict=True)]
+            lambda name, environment: measure(ours[name], theirs[name], evidence, pairs.get(name), environment),
+            sound, workers=1,
+        )  # fmt: skip
+        measured = dict(zip(sound, found, strict=True))
+        checks = [replace(check, **measured.get(check.name, {})) for check in checks]
     removed = origin.removed([name for name in theirs if name not in ours])
     return Verification(
         output, ", ".join(against) if isinstance(against, list) else against, tuple(checks),
@@ -127,7 +137,7 @@ def _check(made: Layer, source: Layer, origin: Origin, environment: Environment)
     name = made.encoding.format[0] if made.encoding else ""
     rotation = made.encoding.rotation if made.encoding else None
     found = compare(made, source, environment)
-    return LayerCheck(made.name, form, found.error, found.problem(name, rotation, origin.feedback))
+    return LayerCheck(made.name, form, found.error, found.problem(name, rotation, origin.feedback(source.name)))
 
 
 def _bias(made: Layer, source: Layer) -> LayerCheck:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -14,7 +15,7 @@ from ..stages.evidence import Evidence
 from ..stages.quality import Measure, Quality
 from ..stages.subspace import dominant_subspaces, project, rank_of
 from ..stages.work import Environment, LayerPlan
-from .compare import rows_of
+from .compare import rows_of, whole
 
 TOP_P, MIN_K, MAX_K = 0.2, 256, 1280
 """Subspaces that projected errors are measured in: the same as the data-free method's by default."""
@@ -29,11 +30,13 @@ def open_evidence(path: str, layers: Sequence[Layer]) -> Evidence:
     return evidence
 
 
-def measure(made: Layer, source: Layer, evidence: Evidence, environment: Environment) -> Quality | None:
-    """Errors of a stored layer, over all its weights, held whole; None for one that is not quantized."""
+def measure(
+    made: Layer, source: Layer, evidence: Evidence, bias: tuple[Layer, Layer] | None, environment: Environment
+) -> dict[str, Any]:
+    """What is to be noted of a quantized layer: its ``quality``, over all its weights, held whole; and a ``problem``,
+    when its ``bias`` (made, source) was corrected by something else than what its weights lost."""
     encoding = made.encoding
-    if encoding is None:
-        return None
+    assert encoding is not None
     fmt = encoding.build()
     weight = _matrix(source, encoding, environment)
     inputs = evidence.inputs(made.name, encoding.rotation, centred=False)
@@ -41,16 +44,32 @@ def measure(made: Layer, source: Layer, evidence: Evidence, environment: Environ
     shape = (weight.shape[0], weight.shape[1])
     subspaces = dominant_subspaces(weight, rank_of(shape, TOP_P, MIN_K, MAX_K), seed_of(made.name))
     measured = Measure(weight, moments, lambda error: project(subspaces, error))
-    return Quality(measured.errors(_matrix(made, encoding, environment)), measured.nearest(fmt))
+    stored = _matrix(made, encoding, environment)
+    noted: dict[str, Any] = {"quality": Quality(measured.errors(stored), measured.nearest(fmt))}
+    if bias is not None:
+        lost = torch.zeros(shape[0]) if moments is None else (weight - stored) @ moments.mean
+        if problem := _bias_problem(whole(bias[0])[0], whole(bias[1])[0] + lost, lost):
+            noted["problem"] = problem
+    return noted
+
+
+def _bias_problem(made: torch.Tensor, wanted: torch.Tensor, lost: torch.Tensor) -> str:
+    """What is wrong with a corrected bias; half-precision biases are as exact as their dtype."""
+    slack = 2.0**-7 * wanted.abs() + 1e-2 * lost.abs() + 1e-3 * lost.abs().max() + 1e-12
+    off = (made - wanted).abs() - slack
+    if not bool((off > 0).any()):
+        return ""
+    worst = int(off.argmax())
+    return f"its bias [{worst}] is {float(made[worst]):.6g}, corrected it should be {float(wanted[worst]):.6g}"
 
 
 def _matrix(layer: Layer, encoding: Encoding, environment: Environment) -> torch.Tensor:
     """Float32 weights, padded and rotated as the stored layer is."""
     rows, columns = layer.weight.shape
     width = encoding.build().columns(columns)
-    whole = torch.zeros(rows, width)
+    matrix = torch.zeros(rows, width)
     first = 0
     for part in rows_of(layer, _ROWS, environment):
-        whole[first : first + part.shape[0], :columns] = part
+        matrix[first : first + part.shape[0], :columns] = part
         first += part.shape[0]
-    return rotate_(whole, encoding.rotation) if encoding.rotation else whole
+    return rotate_(matrix, encoding.rotation) if encoding.rotation else matrix

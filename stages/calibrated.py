@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..formats.errors import UsageError
+from ..formats.errors import NonFiniteError, UsageError
 from .factor import Factor, factorise, memory_of_factor
 from .feedback_solver import DiagonalSolver, FeedbackSolver, memory_of_rows
 from .methods import Problem
@@ -37,10 +36,10 @@ class Calibrated:
     """Passes of coordinate descent."""
 
     def __post_init__(self) -> None:
-        if self.damping is not None and not 0 < self.damping < math.inf:
-            raise UsageError(f"calibrated: damping {self.damping} must be a positive number")
-        if self.sweeps < 0:
-            raise UsageError(f"calibrated: {self.sweeps} sweeps; there can be none, but not fewer")
+        if self.damping is not None and not 0 < self.damping <= 1e6:
+            raise UsageError(f"calibrated: damping {self.damping} must be a positive number, at most 1e6")
+        if not 0 <= self.sweeps <= 1000:
+            raise UsageError(f"calibrated: {self.sweeps} sweeps; from 0 to 1000 make sense")
 
     def damping_for(self, moments: Moments) -> float:
         """The damping of these statistics."""
@@ -60,7 +59,11 @@ class Calibrated:
         assert moments is not None
         if moments.hessian.dim() == 1:
             return DiagonalSolver(problem, self.damping_for(moments))
-        return FeedbackSolver(problem, self.factor(moments, problem.format.block_size or 1), self.sweeps)
+        try:
+            factor = self.factor(moments, problem.format.block_size or 1)
+        except NonFiniteError as error:
+            raise NonFiniteError(f"{problem.name}: {error}; calibrate again") from error
+        return FeedbackSolver(problem, factor, self.sweeps)
 
     def operations(self, shape: tuple[int, int]) -> float:
         """A factor, and products of all rows with the moments: one for feedback, two a sweep, four to measure."""

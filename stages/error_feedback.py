@@ -19,6 +19,7 @@ from .cascade import WIDTH, Choice, cascade_, choosing_cascade_
 from .factor import Factor
 from .products import Operand, precise
 from .scale_search import Scaling
+from .work import check_here
 
 _RUN = 4
 """Blocks that get what lies outside them in one product: wide ones are what GPUs are fast at."""
@@ -56,7 +57,9 @@ class Panel:
             for start in range(first, end, width):
                 stop = min(start + width, end)
                 blocks.append((slice(start, stop), slice(start // group, -(-stop // group))))
-        yield from (blocks[first : first + _RUN] for first in range(0, len(blocks), _RUN))
+        for first in range(0, len(blocks), _RUN):
+            check_here()
+            yield blocks[first : first + _RUN]
 
 
 Cascade = Callable[[torch.Tensor, torch.Tensor, slice, slice], None]

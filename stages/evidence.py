@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from ..formats.elements import E4M3
 from ..formats.errors import PlanError, UsageError, shown
 from ..formats.format import TINY, Format
-from .inputs import Inputs, opened
+from .inputs import Inputs
 from .rules import is_scale
 from .statistics import Statistics
 from .work import LayerPlan
@@ -26,7 +26,7 @@ class Evidence:
     @classmethod
     def open(cls, path: str) -> Evidence:
         """Raises what ``Statistics.open`` raises."""
-        return cls(opened(path))
+        return cls(Statistics.open(path))
 
     @property
     def digest(self) -> str:
@@ -54,7 +54,7 @@ class Evidence:
         """The statistics of a layer as its steps use them, or None without any."""
         if name not in self:
             return None
-        return Inputs(self.statistics.path, name, self.statistics.input_of(name), rotation, centred)
+        return Inputs(self.statistics, name, self.statistics.input_of(name), rotation, centred)
 
     def input_scale(self, name: str, wanted: float | str | None, fmt: Format) -> float | None:
         """The activation scale that brings the layer's largest input, or a percentile of it, onto the largest code."""

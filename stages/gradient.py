@@ -26,6 +26,10 @@ from .optimizers import OPTIMIZERS
 from .products import rough
 from .schedule import Pace, Schedule
 from .subspace import check_rank, dominant_subspaces, memory_of_bases, project, rank_of
+from .work import check_here
+
+_LARGEST = 1e30
+"""Of options: products of what is larger leave float32."""
 
 
 @dataclass(frozen=True)
@@ -82,14 +86,14 @@ class Gradient:
         if self.iterations < 1:
             raise UsageError(f"gradient: {self.iterations} iterations; at least one is needed")
         for option, value in (("learning_rate", self.rate), ("reach", self.reach)):
-            if not 0 < value < math.inf:
-                raise UsageError(f"gradient: {option} {value} must be a positive number")
+            if not 0 < value <= _LARGEST:
+                raise UsageError(f"gradient: {option} {value} must be a positive number, at most {_LARGEST:g}")
         for option, value in (
             ("stop_loss", self.stop_loss), ("stop_lr", self.stop_lr), ("stop_stall", self.stop_stall),
             ("penalty", self.penalty),
         ):  # fmt: skip
-            if not 0 <= value < math.inf:
-                raise UsageError(f"gradient: {option} {value} must be 0 or a positive number")
+            if not 0 <= value <= _LARGEST:
+                raise UsageError(f"gradient: {option} {value} must be 0 or a positive number, at most {_LARGEST:g}")
         check_rank(self.top_p, self.min_k, self.max_k)
         self.pacing()
 
@@ -158,6 +162,7 @@ class GradientSolver:
         optimizer = OPTIMIZERS[options.optimizer].make([offset], options.rate)
         schedule, pace, least = options.pacing(), Pace(options.rate), math.inf
         for turn in range(options.iterations + 1):
+            check_here()
             core = self.projection(torch.sub(values, problem.weight, out=error))
             loss = self._loss(error, core)
             if not math.isfinite(loss):

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 import torch
 
@@ -19,8 +18,8 @@ _local = threading.local()
 class Inputs:
     """Names the statistics of one layer. Small: it travels with the plan."""
 
-    path: str
-    """The statistics store."""
+    store: Statistics
+    """An opened store; pickled it is path and digest, and another content is refused when it is opened again."""
     layer: str
     shared: str
     """Which of the store's inputs the layer has; equal for layers that read the same tensor."""
@@ -34,7 +33,7 @@ class Inputs:
 
         This thread keeps the last ones until others are asked for, or ``release`` is called.
         """
-        key = (self.path, self.shared, self.rotation, self.centred, columns, device)
+        key = (self.store.path, self.store.digest, self.shared, self.rotation, self.centred, columns, device)
         held: tuple[object, Moments] | None = _local.__dict__.get("held")
         if held is None or held[0] != key:
             release()  # before the next are read: two of them need not fit
@@ -43,10 +42,10 @@ class Inputs:
 
     def mean(self, device: torch.device) -> torch.Tensor:
         """Float32 (n,): E[x], in the layer's own basis."""
-        return opened(self.path).mean(self.layer, device)
+        return self.store.mean(self.layer, device)
 
     def _load(self, columns: int, device: torch.device) -> Moments:
-        found = opened(self.path).moments(self.layer, str(device))
+        found = self.store.moments(self.layer, str(device))
         hessian, mean = found.hessian, found.mean
         if self.centred:
             hessian = hessian.sub_(mean.square() if hessian.dim() == 1 else torch.outer(mean, mean))
@@ -65,8 +64,3 @@ def release() -> None:
     """Forgets what this thread holds."""
     _local.__dict__.pop("held", None)
 
-
-@lru_cache(maxsize=8)
-def opened(path: str) -> Statistics:
-    """The store at ``path``, opened once per process."""
-    return Statistics.open(path)

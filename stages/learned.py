@@ -17,6 +17,7 @@ from .flips import Parabolas, flip
 from .methods import Problem, Rounded
 from .products import rough
 from .subspace import check_rank, dominant_subspaces, memory_of_bases, project, rank_of
+from .work import check_here
 
 _PENALTY = {"nvfp4": 1.0, "int8": 4.0}
 """Default penalty by format, 0.85 for others. A smaller one lowers the projected error further, and raises the error
@@ -50,10 +51,10 @@ class Learned:
 
     def __post_init__(self) -> None:
         check_rank(self.top_p, self.min_k, self.max_k)
-        if self.penalty is not None and not 0 < self.penalty < float("inf"):
-            raise UsageError(f"learned: penalty {self.penalty} must be a positive number")
-        if self.rounds < 1:
-            raise UsageError(f"learned: {self.rounds} rounds; at least one is needed")
+        if self.penalty is not None and not 1e-6 <= self.penalty <= 1e6:
+            raise UsageError(f"learned: penalty {self.penalty} must be a number from 1e-6 to 1e6")
+        if not 1 <= self.rounds <= 1000:
+            raise UsageError(f"learned: {self.rounds} rounds; from 1 to 1000 make sense")
 
     def solver(self, problem: Problem) -> LearnedSolver:
         """Finds the subspaces."""
@@ -96,6 +97,7 @@ class LearnedSolver:
         error = start - problem.weight
         best, best_core, least, damping = error.clone(), None, float("inf"), 1.0
         for turn in range(self.rounds + 1):
+            check_here()
             core = self.projection(error)
             value = float(core.square().sum() + self.penalty * error.square().sum(1).sum())
             if best_core is None or value < least:

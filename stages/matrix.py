@@ -15,7 +15,7 @@ from ..formats.registry import make_format
 from .inputs import Inputs
 from .methods import Method, Problem, Rounded
 from .quality import Measure, Quality, row_ranges
-from .work import Chunk, Environment, LayerPlan, Work
+from .work import Chunk, Environment, LayerPlan, Work, cancellable
 
 _log = logging.getLogger(__name__)
 
@@ -50,7 +50,8 @@ class Solve:
             moments = None if self.inputs is None else self.inputs.moments(columns, weight.device)
             whole = None if work.whole is None else torch.tensor(work.whole, device=weight.device)
             problem = Problem(work.plan.layer.name, weight, fmt, scales, whole, moments)
-            rounded, work.quality = solve_in_memory(self.method, problem)
+            with cancellable(work.environment.run_id):
+                rounded, work.quality = solve_in_memory(self.method, problem)
             work.squared_error, work.squared_weight = work.quality.stored.weight**2, 1.0
             for rows in row_ranges(weight, fmt.rows_multiple):
                 part = fmt.rows(rounded.scales, rows.start, rows.stop)
@@ -82,7 +83,7 @@ def solve_in_memory(method: Method, problem: Problem) -> tuple[Rounded, Quality]
         except torch.OutOfMemoryError:
             if problem.split >= _MOST_SPLIT:
                 raise
-            _log.info("%s: out of memory, ranges of rows are split in %d", problem.name, problem.split * 2)
+            _log.warning("%s: out of memory, ranges of rows are split in %d", problem.name, problem.split * 2)
         torch.cuda.empty_cache()
         time.sleep(_WAIT_SECONDS)  # other tasks hold what is missing, and some are about to end
         problem = replace(problem, split=problem.split * 2)

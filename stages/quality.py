@@ -10,6 +10,7 @@ import torch
 from ..formats.format import Format, Scales, Stats
 from .products import precise
 from .statistics import Moments
+from .work import check_here
 
 Projection = Callable[[torch.Tensor], torch.Tensor]
 """U^T E V (k, k) of an error E (m, n)."""
@@ -52,6 +53,7 @@ def row_ranges(weight: torch.Tensor, multiple: int) -> Iterator[slice]:
     """Ranges of whole tiles of rows, small enough for temporaries of their size."""
     step = max(1, _ROWS[weight.device.type] // max(1, weight.shape[1] * multiple)) * multiple
     for start in range(0, weight.shape[0], step):
+        check_here()
         yield slice(start, min(start + step, weight.shape[0]))
 
 

@@ -143,10 +143,10 @@ class _Planner:
         fmt = self.stage.checked_format(chosen)
         rows, columns = plan.layer.weight.shape
         reason = plan.settings.barred.get(fmt.name) or fmt.refuse((rows, columns))
-        if self.evidence is not None and name not in self.evidence:
+        if self.evidence is not None and name not in self.evidence and not reason:
             self.missing.append(name)
             if chosen["rounding"] == "calibrated":
-                reason = reason or ("no statistics of its inputs" if self.stage.without_statistics == KEEP else None)
+                reason = "no statistics of its inputs" if self.stage.without_statistics == KEEP else None
                 chosen.update(rounding=self.stage.without_statistics, rounding_options={})
         return keep(plan.layer, reason) if reason else quantized(plan, self._choice(plan, fmt, chosen))
 

@@ -129,8 +129,12 @@ class Statistics:
                 hessian[start:stop].copy_(estimate.rows(start, stop))
         mean = estimate.mean.to(device, torch.float32)
         diagonal = hessian.diagonal() if hessian.dim() == 2 else hessian
-        if not (diagonal.isfinite().all() and mean.isfinite().all()):
-            raise CheckpointError(f"{self.path}: statistics of {name!r} are missing in part; calibrate again")
+        # A sum is as finite as its terms: what overflows is of no use either.
+        if not (hessian.sum().isfinite() and mean.isfinite().all() and (diagonal >= 0).all()):
+            raise CheckpointError(
+                f"{self.path}: statistics of {name!r} are missing in part, or hold NaN, Inf or negative squares; "
+                "calibrate again"
+            )
         return Moments(hessian, mean, entry.tokens)
 
     def mean(self, name: str, device: torch.device | str = "cpu") -> torch.Tensor:

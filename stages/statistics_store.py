@@ -21,6 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from ..formats.errors import CheckpointError, PlanError, UsageError
@@ -42,16 +43,26 @@ def row_blocks(width: int) -> Iterator[tuple[int, int]]:
 
 
 def read_estimate(root: Path, entry: InputEntry) -> Estimate:
-    """An input as it is stored. Raises CheckpointError when arrays are missing or have another shape than the table."""
+    """An input as it is stored. Raises CheckpointError when arrays are missing or have another shape than the table,
+    and, when its last row is read, that what was read is not what was written."""
     n = entry.width
-    mean = _read(root, entry, "mean", (n,))[:]
-    diagonal = _read(root, entry, "diagonal", (n,))[:]
-    histogram = _read(root, entry, "histogram", None)[:]
-    whole = _read(root, entry, "hessian", (n, n)) if entry.hessian else None
+    mean, diagonal, histogram = (
+        _part(root, entry, name, shape) for name, shape in (("mean", (n,)), ("diagonal", (n,)), ("histogram", None))
+    )
+    checksum = 0
+    for array in (mean, diagonal, histogram):
+        checksum = zlib.crc32(array.data, checksum)
+    if not entry.hessian:
+        _check_sum(root, entry, checksum)
+    read = {0: checksum}
 
     def rows(start: int, stop: int) -> torch.Tensor:
-        assert whole is not None
-        return torch.from_numpy(whole[start:stop])
+        values = _part(root, entry, "hessian", (n, n), slice(start, stop))
+        if start in read:  # in order from the first row on
+            read[stop] = zlib.crc32(values.data, read.pop(start))
+            if stop == n:
+                _check_sum(root, entry, read.pop(stop))
+        return torch.from_numpy(values)
 
     tensors = (torch.from_numpy(array) for array in (mean, diagonal, histogram))
     mean, diagonal, histogram = tensors
@@ -63,7 +74,7 @@ def write_estimate(root: Path, key: str, estimate: Estimate, runs: tuple[str, ..
     import zarr
 
     where = f"{_folder(key)}/{len(runs)}"
-    shutil.rmtree(root / where, ignore_errors=True)  # of a run that was killed before the table named it
+    _remove(root, where)  # of a run that was killed before the table named it
     group = zarr.open_group(root, mode="r+")
     checksum = 0
 
@@ -114,8 +125,16 @@ def commit(root: Path, table: Table, entries: dict[str, InputEntry]) -> Table:
     for key, entry in entries.items():
         old = table.inputs[key].where
         if old and old != entry.where:
-            shutil.rmtree(root / old, ignore_errors=True)
+            _remove(root, old)
     return new
+
+
+def _remove(root: Path, where: str) -> None:
+    """Removes a folder of the store; nothing that is not strictly inside it, whatever the name says."""
+    folder = root / where
+    if root.resolve() not in folder.resolve().parents:
+        raise CheckpointError(f"{root}: {where!r} lies outside the store")
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def merge_stores(stores: Sequence[Statistics], out: Path) -> None:
@@ -146,10 +165,14 @@ def write_store(
     """A new store of (layers that share an input, what is known of it); it gets its name when it is complete."""
     part = out.with_name(f"{out.name}.part")
     shutil.rmtree(part, ignore_errors=True)
-    create_store(part, make_table([]))
-    written = [(names, write_estimate(part, names[0], estimate, tuple(runs))) for names, estimate in estimates]
-    write_table(part, replace(make_table(written, transposed), runs=runs))
-    part.replace(out)
+    try:
+        create_store(part, make_table([]))
+        written = [(names, write_estimate(part, names[0], estimate, tuple(runs))) for names, estimate in estimates]
+        write_table(part, replace(make_table(written, transposed), runs=runs))
+        part.replace(out)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
 
 
 def _shared(stores: Sequence[Statistics]) -> list[list[str]]:
@@ -177,17 +200,24 @@ def _entry(store: Statistics, name: str) -> InputEntry:
     return store.table.inputs[store.table.layers[name].input]
 
 
-def _read(root: Path, entry: InputEntry, name: str, shape: tuple[int, ...] | None) -> Any:
+def _part(root: Path, entry: InputEntry, name: str, shape: tuple[int, ...] | None, rows: slice = slice(None)) -> Any:
+    """Rows of an array; CheckpointError when it is missing, broken, or of another shape than the table says."""
     import zarr
 
     try:
         array = zarr.open_array(root / entry.where / name, mode="r")
-    except (OSError, ValueError, KeyError) as error:
+        found = array.shape
+        if shape is None or found == shape:
+            return np.ascontiguousarray(array[rows])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         where = f"{entry.where}/{name}"
         raise CheckpointError(f"{root}: {where} is missing or broken ({error}); calibrate again") from error
-    if shape is not None and array.shape != shape:
-        raise CheckpointError(f"{root}: {entry.where}/{name} has shape {array.shape}, its table says {shape}")
-    return array
+    raise CheckpointError(f"{root}: {entry.where}/{name} has shape {found}, its table says {shape}")
+
+
+def _check_sum(root: Path, entry: InputEntry, checksum: int) -> None:
+    if checksum != entry.checksum:
+        raise CheckpointError(f"{root}: {entry.where} is not what calibration wrote (checksum); calibrate again")
 
 
 def _block_rows(width: int) -> int:

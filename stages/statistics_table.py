@@ -150,6 +150,13 @@ def _input(entry: dict[str, Any]) -> InputEntry:
     made = InputEntry(**{**entry, "runs": tuple(entry["runs"])})
     if made.width < 1 or made.tokens < 0 or ".." in made.where.split("/") or made.where.startswith("/"):
         raise ValueError(f"an input of width {made.width}, {made.tokens} tokens, at {made.where!r}")
+    numbers = (made.width, made.tokens, made.checksum)
+    if not all(isinstance(number, int) and not isinstance(number, bool) for number in numbers) or (
+        not isinstance(made.hessian, bool) or "." in made.where.split("/")
+    ):
+        raise ValueError(f"an input that is described by {entry}")
+    if made.amax is not None and not 0 <= float(made.amax) < float("inf"):
+        raise ValueError(f"an input whose largest value is {made.amax!r}")
     if made.tokens and not made.where:
         raise ValueError(f"an input of {made.tokens} tokens without data")
     return made

@@ -7,7 +7,9 @@ through. A stream can be opened again on any row range, so a step that must see 
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -178,6 +180,7 @@ class Receipt:
 
 
 _cancelled: set[str] = set()
+_running = threading.local()
 
 
 def cancel(run_id: str) -> None:
@@ -188,6 +191,21 @@ def cancel(run_id: str) -> None:
 def forget(run_id: str) -> None:
     """Drops the request, once the run is over."""
     _cancelled.discard(run_id)
+
+
+@contextmanager
+def cancellable(run_id: str) -> Iterator[None]:
+    """Lets ``check_here`` know for which run this thread works: long computations look at it between their steps."""
+    _running.run_id = run_id
+    try:
+        yield
+    finally:
+        _running.run_id = ""
+
+
+def check_here() -> None:
+    """Raises Cancelled when the run that this thread works for was asked to stop."""
+    check_cancelled(getattr(_running, "run_id", ""))
 
 
 def check_cancelled(run_id: str) -> None:

@@ -507,7 +507,7 @@ def test_statistics_turn_with_the_weight(store: Path) -> None:
     weight = torch.randn(32, 128, generator=torch.Generator().manual_seed(0))
     from quantloom.formats.rotation import rotate_
 
-    inputs = Inputs(str(store), name, "x", rotation=64)
+    inputs = Inputs(Statistics.open(store), name, "x", rotation=64)
     turned = inputs.moments(128, device)
     rotated = rotate_(weight.clone(), 64)
     energies = [float(Measure(*each, None).energy or 0) for each in ((weight, plain), (rotated, turned))]
@@ -520,3 +520,72 @@ def test_statistics_turn_with_the_weight(store: Path) -> None:
     centred = replace(inputs, rotation=None, centred=True).moments(128, device)
     x = tokens()
     assert torch.allclose(centred.hessian, torch.cov(x.T, correction=0), atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["nvfp4", "fp8 row", "int8", "mxfp8"])
+def test_verify_finds_what_breaks_a_calibrated_row(
+    kind: str, checkpoint: Path, store: Path, tmp_path: Path
+) -> None:
+    from safetensors.torch import save_file
+
+    output, name = tmp_path / "out.safetensors", "blocks.0.attn.qkv"
+    convert(checkpoint, output, **FORMATS[kind], rounding="calibrated", statistics=str(store))
+    assert verify(str(output), str(checkpoint)).ok
+    with safe_open(output, "pt") as file:
+        metadata = file.metadata()
+    for change in (lambda codes: codes * 0, lambda codes: codes.roll(1)):
+        tensors = load_file(output)
+        codes = tensors[f"{name}.weight"].view(torch.uint8)
+        codes[7] = change(codes[7])
+        save_file(tensors, tmp_path / "broken.safetensors", metadata)
+        problems = verify(str(tmp_path / "broken.safetensors"), str(checkpoint)).problems
+        assert [problem for problem in problems if "row 7" in problem]
+
+
+def test_verify_with_statistics_finds_a_wrong_bias(checkpoint: Path, store: Path, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    output = tmp_path / "out.safetensors"
+    convert(checkpoint, output, format="nvfp4", rounding="mse", statistics=str(store), bias_correction=True)
+    assert verify(str(output), str(checkpoint), statistics=str(store)).ok
+    with safe_open(output, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(output)
+    tensors["blocks.0.attn.qkv.bias"][3] += 0.5
+    save_file(tensors, output, metadata)
+    problems = verify(str(output), str(checkpoint), statistics=str(store)).problems
+    assert any("its bias [3] is" in problem for problem in problems)
+
+
+def test_a_store_that_changes_between_plan_and_run_is_noticed(checkpoint: Path, tmp_path: Path) -> None:
+    store = tmp_path / "s.zarr"
+    quantloom.calibrate(Inputs128(make_tensors()), [tokens(64)], store)
+    options = {"rounding": "calibrated", "statistics": str(store)}
+    flow = Pipeline().read(checkpoint).quantize("fp8", **options).write(tmp_path / "a.safetensors", compute=False)
+    before = flow.plan.digest
+    quantloom.calibrate(Inputs128(make_tensors()), [tokens(64, seed=5)], store)
+    with pytest.raises(quantloom.QuantloomError, match=r"s\.zarr"):
+        flow.compute()
+    assert not (tmp_path / "a.safetensors").exists()
+    again = Pipeline().read(checkpoint).quantize("fp8", **options).write(tmp_path / "a.safetensors", compute=False)
+    assert again.plan.digest != before
+    again.compute()
+
+
+def test_a_long_computation_stops_when_it_is_asked_to(checkpoint: Path, store: Path, tmp_path: Path) -> None:
+    from quantloom.stages.work import Cancelled, cancel, cancellable, forget
+
+    fmt = make_format("nvfp4")
+    weight = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
+    whole = weight.abs().max() / (6 * 256)
+    task = Problem("a", weight, fmt, fmt.search(weight, fmt.amax(weight), whole), whole,
+                   Statistics.open(store).moments("blocks.0.mlp.up"))  # fmt: skip
+    cancel("run")
+    try:
+        for name, options in METHODS.items():
+            method = methods.make_method(name, options)
+            assert method is not None
+            with pytest.raises(Cancelled), cancellable("run"):
+                solve(method, task)
+    finally:
+        forget("run")
