@@ -74,7 +74,10 @@ def guarded(action: Callable[[], int], stopped: str = "stopped") -> int:
     from rich.text import Text
 
     try:
-        return action()
+        status = action()
+        if sys.stdout is not None:
+            sys.stdout.flush()  # here, where a reader that has gone away is known; not when the interpreter ends
+        return status
     except UsageError as error:
         stderr().print(Text("usage: ", "bold red") + Text(str(error)))
         return 2

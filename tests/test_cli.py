@@ -638,14 +638,16 @@ def test_the_module_runs_as_a_program(monkeypatch: pytest.MonkeyPatch, capsys: p
     assert quantloom.__version__ in capsys.readouterr().out
 
 
-def test_a_reader_that_goes_away_is_no_error_message(checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("words", [["inspect", "{in}", "--json"], ["formats"]], ids=["long", "short"])
+def test_a_reader_that_goes_away_is_no_error_message(words: list[str], checkpoint: Path) -> None:
+    arguments = [word.format(**{"in": checkpoint}) for word in words]
     script = f"""
 import os, sys
 from quantloom.flow.cli import main
 read, write = os.pipe()
 os.close(read)
 os.dup2(write, 1)
-main(["inspect", {str(checkpoint)!r}, "--json"])
+main({arguments!r})
 """
     done = child("-c", script)
     assert "Traceback" not in done.err
