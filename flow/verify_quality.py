@@ -39,7 +39,7 @@ def measure(
     assert encoding is not None
     fmt = encoding.build()
     weight = _matrix(source, encoding, environment)
-    inputs = evidence.inputs(made.name, encoding.rotation, centred=False)
+    inputs = evidence.inputs(made.name, encoding.rotation, centred=bias is not None)
     moments = None if inputs is None else inputs.moments(weight.shape[1], weight.device)
     shape = (weight.shape[0], weight.shape[1])
     subspaces = dominant_subspaces(weight, rank_of(shape, TOP_P, MIN_K, MAX_K), seed_of(made.name))

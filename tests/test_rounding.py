@@ -547,7 +547,8 @@ def test_verify_with_statistics_finds_a_wrong_bias(checkpoint: Path, store: Path
 
     output = tmp_path / "out.safetensors"
     convert(checkpoint, output, format="nvfp4", rounding="mse", statistics=str(store), bias_correction=True)
-    assert verify(str(output), str(checkpoint), statistics=str(store)).ok
+    checked = verify(str(output), str(checkpoint), statistics=str(store))
+    assert checked.ok
     with safe_open(output, "pt") as file:
         metadata = file.metadata()
     tensors = load_file(output)
@@ -589,3 +590,19 @@ def test_a_long_computation_stops_when_it_is_asked_to(checkpoint: Path, store: P
                 solve(method, task)
     finally:
         forget("run")
+
+
+@pytest.mark.parametrize("correction", [False, True])
+def test_report_and_verify_agree(correction: bool, checkpoint: Path, store: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out.safetensors"
+    options = {"rounding": "calibrated", "statistics": str(store), "bias_correction": correction}
+    report = convert(checkpoint, output, format="nvfp4", **options)
+    checked = {layer.name: layer for layer in verify(str(output), str(checkpoint), statistics=str(store)).layers}
+    for layer in report.layers:
+        quality = checked[layer.name].quality
+        assert quality is not None
+        assert layer.quality is not None
+        assert quality.stored.weight == pytest.approx(layer.quality.stored.weight, rel=1e-4)
+        if not correction or layer.name.endswith("qkv"):
+            assert quality.stored.output == pytest.approx(layer.quality.stored.output, rel=1e-3)
+            assert quality.nearest.output == pytest.approx(layer.quality.nearest.output, rel=1e-3)
