@@ -9,7 +9,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from ..formats.errors import SinkError, UsageError
-from ..stages.work import cancel
+from ..stages.cancelling import cancel
 from .budget import Budget
 from .graph import Graph, Key, Results
 

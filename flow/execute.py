@@ -9,7 +9,8 @@ from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..formats.errors import SinkError, UsageError
-from ..stages.work import Receipt, cancel, forget
+from ..stages.cancelling import cancel, forget
+from ..stages.work import Receipt
 from .budget import Budget, make_budget
 from .graph import Graph, Key, Results, submission
 from .plan import Plan

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from ..stages.work import Environment, cancel, forget
+from ..stages.cancelling import cancel, forget
+from ..stages.work import Environment
 from .budget import CPU_CHUNK_BYTES, cores
 from .runner import prepare_thread
 

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 import torch
 
 from ..formats.reduce import sums_
+from .cancelling import check_here
 from .cascade import WIDTH, Choice, cascade_, choosing_cascade_
 from .factor import Factor
 from .products import Operand, precise
 from .scale_search import Scaling
-from .work import check_here
 
 _RUN = 4
 """Blocks that get what lies outside them in one product: wide ones are what GPUs are fast at."""

@@ -20,13 +20,13 @@ import torch
 
 from ..formats.errors import UsageError, did_you_mean, shown
 from ..formats.format import Format, Scales
+from .cancelling import check_here
 from .counter import seed_of
 from .methods import Problem, Rounded
 from .optimizers import OPTIMIZERS
 from .products import rough
 from .schedule import Pace, Schedule
 from .subspace import check_rank, dominant_subspaces, memory_of_bases, project, rank_of
-from .work import check_here
 
 _LARGEST = 1e30
 """Of options: products of what is larger leave float32."""

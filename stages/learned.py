@@ -12,12 +12,12 @@ from typing import ClassVar
 import torch
 
 from ..formats.errors import UsageError
+from .cancelling import check_here
 from .counter import seed_of
 from .flips import Parabolas, flip
 from .methods import Problem, Rounded
 from .products import rough
 from .subspace import check_rank, dominant_subspaces, memory_of_bases, project, rank_of
-from .work import check_here
 
 _PENALTY = {"nvfp4": 1.0, "int8": 4.0}
 """Default penalty by format, 0.85 for others. A smaller one lowers the projected error further, and raises the error

@@ -12,10 +12,11 @@ import torch
 
 from ..formats.format import Format, Scales
 from ..formats.registry import make_format
+from .cancelling import cancellable
 from .inputs import Inputs
 from .methods import Method, Problem, Rounded
 from .quality import Measure, Quality, row_ranges
-from .work import Chunk, Environment, LayerPlan, Work, cancellable
+from .work import Chunk, Environment, LayerPlan, Work
 
 _log = logging.getLogger(__name__)
 

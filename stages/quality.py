@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from ..formats.format import Format, Scales, Stats
+from .cancelling import check_here
 from .products import precise
 from .statistics import Moments
-from .work import check_here
 
 Projection = Callable[[torch.Tensor], torch.Tensor]
 """U^T E V (k, k) of an error E (m, n)."""

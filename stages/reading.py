@@ -13,7 +13,8 @@ from ..formats.encoding import Encoding
 from ..formats.fileio import Reader
 from ..formats.scratch import scratch
 from ..formats.tensors import TensorRef, torch_dtype
-from .work import Chunk, Environment, LayerPlan, Work, check_cancelled
+from .cancelling import check_cancelled
+from .work import Chunk, Environment, LayerPlan, Work
 
 
 def row_chunks(

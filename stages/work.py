@@ -7,13 +7,9 @@ through. A stream can be opened again on any row range, so a step that must see 
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
-
-from ..formats.errors import QuantloomError
 
 if TYPE_CHECKING:
     import torch
@@ -22,10 +18,6 @@ if TYPE_CHECKING:
     from ..formats.layers import Layer
     from ..formats.tensors import Slot, TensorSpec
     from .quality import Quality
-
-
-class Cancelled(QuantloomError):
-    """The run was asked to stop; what it had written is removed."""
 
 
 @dataclass
@@ -177,38 +169,3 @@ class Receipt:
         if self.squared_weight == 0.0:
             return 0.0 if self.squared_error == 0.0 else math.inf
         return math.sqrt(self.squared_error / self.squared_weight)
-
-
-_cancelled: set[str] = set()
-_running = threading.local()
-
-
-def cancel(run_id: str) -> None:
-    """Asks every task of the run in this process to stop at its next chunk."""
-    _cancelled.add(run_id)
-
-
-def forget(run_id: str) -> None:
-    """Drops the request, once the run is over."""
-    _cancelled.discard(run_id)
-
-
-@contextmanager
-def cancellable(run_id: str) -> Iterator[None]:
-    """Lets ``check_here`` know for which run this thread works: long computations look at it between their steps."""
-    _running.run_id = run_id
-    try:
-        yield
-    finally:
-        _running.run_id = ""
-
-
-def check_here() -> None:
-    """Raises Cancelled when the run that this thread works for was asked to stop."""
-    check_cancelled(getattr(_running, "run_id", ""))
-
-
-def check_cancelled(run_id: str) -> None:
-    """Raises Cancelled when the run was asked to stop."""
-    if run_id in _cancelled:
-        raise Cancelled("stopped on request")

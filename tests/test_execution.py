@@ -434,7 +434,7 @@ def test_run_plan_returns_a_report(source: Path, tmp_path: Path) -> None:
 
 def test_passes_over_layers_stop_early() -> None:
     from quantloom.flow.threads import map_layers
-    from quantloom.stages.work import Cancelled, check_cancelled
+    from quantloom.stages.cancelling import Cancelled, check_cancelled
 
     assert map_layers(lambda item, _: item * 2, range(50), workers=3) == [item * 2 for item in range(50)]
     finished = []

@@ -574,7 +574,7 @@ def test_a_store_that_changes_between_plan_and_run_is_noticed(checkpoint: Path, 
 
 
 def test_a_long_computation_stops_when_it_is_asked_to(checkpoint: Path, store: Path, tmp_path: Path) -> None:
-    from quantloom.stages.work import Cancelled, cancel, cancellable, forget
+    from quantloom.stages.cancelling import Cancelled, cancel, cancellable, forget
 
     fmt = make_format("nvfp4")
     weight = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
