@@ -218,9 +218,7 @@ def start_of(fmt: Format, weight: torch.Tensor, search: bool) -> tuple[Scales, t
 
 def as_stored(fmt: Format, values: torch.Tensor, scales: Scales) -> torch.Tensor:
     """Values after encoding and decoding."""
-    multiplier = scales.multiplier
-    if fmt.scaling == "block":
-        multiplier = multiplier.repeat_interleave(fmt.block_size or 1, 0)
+    multiplier = fmt.row_multipliers(scales.multiplier, slice(None), len(values))
     return fmt.decode(fmt.encode_(values.clone(), scales), multiplier)
 
 

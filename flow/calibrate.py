@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
-from ..formats.errors import PlanError, SinkError, UsageError
+from ..formats.errors import PlanError, SinkError, UsageError, memory_problem
 from .batches import Run, call_model, check_batches, evaluating
 from .calibration_run import CalibrationRun, Progress, Silent
 from .sizes import count, parse_size
@@ -134,7 +134,6 @@ def _failures(root: Path) -> Iterator[None]:
             f"{error.filename or root}: {error.strerror or error}; what is complete is kept: run the same command again"
         ) from error
     except (MemoryError, RuntimeError) as error:
-        text = str(error) or type(error).__name__
-        if not (isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text):
+        if (problem := memory_problem(error)) is None:
             raise
-        raise PlanError(f"out of memory: {text.splitlines()[0]}; lower --batch-size or --memory") from error
+        raise PlanError(f"{problem}; lower --batch-size or --memory") from error

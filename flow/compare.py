@@ -8,11 +8,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..formats.fileio import Reader
 from ..formats.layers import Layer
 from ..formats.reduce import absmax
-from ..formats.tensors import torch_dtype
-from ..stages.reading import Decode, Read
+from ..stages.reading import Decode, Read, read_whole
 from ..stages.work import Environment, LayerPlan, Work
 
 ERROR_BOUNDS = {"": 0.01, "fp8": 0.06, "fp8_e5m2": 0.12, "int8": 0.25, "mxfp8": 0.06, "nvfp4": 0.18}
@@ -151,8 +149,4 @@ def rows_of(layer: Layer, rows: int, environment: Environment) -> Iterator[torch
 
 def whole(layer: Layer) -> torch.Tensor:
     """A tensor that is no matrix, as one row."""
-    ref = layer.tensors[0]
-    content = bytearray(ref.nbytes)
-    with Reader(ref.path) as reader:
-        reader.read_into(memoryview(content), ref.start)
-    return torch.frombuffer(content, dtype=torch_dtype(ref.dtype)).float()[None]
+    return read_whole(layer.tensors[0]).float()[None]

@@ -17,6 +17,7 @@ from ..formats.layers import Layer, group_layers
 from ..formats.registry import DEFAULT_BLOCK_SIZE, format_info
 from ..formats.source import open_source
 from ..formats.tensors import FLOAT_DTYPES
+from ..stages.rule_files import no_duplicates
 from ..stages.rules import Rule
 from .compat_flags import SCALING_MODES
 
@@ -101,7 +102,7 @@ def read_layer_config(path: str, inherited: Inherited, fullmatch: bool = False) 
 
 def _load(file: Path) -> dict[str, Any]:
     try:
-        data = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_no_duplicates)
+        data = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=no_duplicates)
     except OSError as error:
         raise UsageError(f"layer configuration {file}: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:
@@ -109,15 +110,6 @@ def _load(file: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise UsageError(f"layer configuration {file}: must be a JSON object of pattern to settings")
     return data
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise ValueError(f"{key!r} is given twice")
-        found[key] = value
-    return found
 
 
 def _patterns(value: Any) -> list[str]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ..formats.errors import SinkError, UsageError
+from ..formats.errors import SinkError, UsageError, memory_problem
 from ..stages.cancelling import cancel, forget
 from ..stages.work import Receipt
 from .budget import Budget, make_budget
@@ -172,9 +172,8 @@ def _local(graph: Graph, keys: list[Key], budget: Budget, workers: int) -> Resul
 
 def _known(error: Exception) -> SinkError | None:
     """An error of the system or of torch with a way out, where there is one."""
-    text = str(error) or type(error).__name__
-    if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
-        return SinkError(f"out of memory: {text.splitlines()[0]}; lower --memory or --workers")
+    if problem := memory_problem(error):
+        return SinkError(f"{problem}; lower --memory or --workers")
     if isinstance(error, OSError):
         return SinkError(f"{error.filename or 'file system'}: {error.strerror or error}")
     return None

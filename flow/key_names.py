@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..formats.errors import CheckpointError
+from ..formats.errors import CheckpointError, listed
 from ..formats.layers import WEIGHT, group_layers
 from ..formats.source import open_source
 from .sizes import count
@@ -69,5 +69,4 @@ def _untied(model: nn.Module, layers: Mapping[str, Linear]) -> Named:
 def _note(names: list[str], why: str) -> list[str]:
     if not names:
         return []
-    listed = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-    return [f"{count(len(names), 'linear layer')} left out, {why}: {listed}"]
+    return [f"{count(len(names), 'linear layer')} left out, {why}: {listed(names, 8)}"]

@@ -12,13 +12,11 @@ from ..formats.layers import Layer
 from ..formats.rotation import rotate_
 from ..stages.counter import seed_of
 from ..stages.evidence import Evidence
+from ..stages.learned import Learned
 from ..stages.quality import Measure, Quality
 from ..stages.subspace import dominant_subspaces, project, rank_of
 from ..stages.work import Environment, LayerPlan
 from .compare import rows_of, whole
-
-TOP_P, MIN_K, MAX_K = 0.2, 256, 1280
-"""Subspaces that projected errors are measured in: the same as the data-free method's by default."""
 
 _ROWS = 128
 
@@ -42,7 +40,9 @@ def measure(
     inputs = evidence.inputs(made.name, encoding.rotation, centred=bias is not None)
     moments = None if inputs is None else inputs.moments(weight.shape[1], weight.device)
     shape = (weight.shape[0], weight.shape[1])
-    subspaces = dominant_subspaces(weight, rank_of(shape, TOP_P, MIN_K, MAX_K), seed_of(made.name))
+    usual = Learned()  # projected errors are measured where that method lowers them by default
+    rank = rank_of(shape, usual.top_p, usual.min_k, usual.max_k)
+    subspaces = dominant_subspaces(weight, rank, seed_of(made.name))
     measured = Measure(weight, moments, lambda error: project(subspaces, error))
     stored = _matrix(made, encoding, environment)
     noted: dict[str, Any] = {"quality": Quality(measured.errors(stored), measured.nearest(fmt))}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 _ODD = re.compile("[\\x00-\\x1f\\x7f-\\x9f\\u200e\\u200f\\u2028-\\u202e\\u2066-\\u2069]")
 """Characters that move a terminal's cursor, change its colours or reorder its text."""
@@ -43,6 +43,14 @@ class SinkError(QuantloomError):
     """Output that could not be written; nothing was left under a final name."""
 
 
+def memory_problem(error: BaseException) -> str | None:
+    """The first line of what Python, torch or CUDA say when memory runs out; None for any other error."""
+    text = str(error) or type(error).__name__
+    if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
+        return f"out of memory: {text.splitlines()[0]}"
+    return None
+
+
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxdict, _SHORT.maxstring, _SHORT.maxlong = 2, 8, 4, 160, 40
 
@@ -53,6 +61,12 @@ def shown(value: object) -> str:
         return _SHORT.repr(value)
     except ValueError:  # Python writes no number of more than some thousand digits
         return f"a huge {type(value).__name__}"
+
+
+def listed(names: Sequence[str], most: int, between: str = ", ") -> str:
+    """The first names of a message, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return between.join(names[:most]) + more
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -22,6 +22,11 @@ def ceil_to(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
+def inverse_of(multiplier: torch.Tensor) -> torch.Tensor:
+    """What weights are multiplied by to be in units of their scales; 0 where the scale is."""
+    return torch.where(multiplier > 0, multiplier.reciprocal(), 0.0)
+
+
 @dataclass
 class Scales:
     """Scales of a range of rows."""
@@ -130,6 +135,14 @@ class Format(ABC):
         inverse = None if scales.inverse is None else scales.inverse[part]
         return Scales(scales.stored[part], scales.multiplier[part], inverse)
 
+    def row_multipliers(self, multiplier: torch.Tensor, rows: slice, count: int) -> torch.Tensor:
+        """What ``decode`` takes for some of a range of ``count`` rows, whose ``multiplier`` is as ``scale_shape``."""
+        if self.scaling == "tensor":
+            return multiplier
+        if self.scaling == "block":
+            return multiplier[torch.arange(count, device=multiplier.device)[rows] // self.rows_multiple]
+        return multiplier[rows]
+
     def snap_(self, x: torch.Tensor, scales: Scales) -> torch.Tensor:
         """Replaces weights by the nearest ones that codes under ``scales`` can express, in place.
 
@@ -137,7 +150,7 @@ class Format(ABC):
         """
         multiplier = self.spread(scales.multiplier)
         shaped = self.shaped(x)
-        shaped.mul_(torch.where(multiplier > 0, multiplier.reciprocal(), 0.0))
+        shaped.mul_(inverse_of(multiplier))
         self.element.round_(x)
         shaped.mul_(multiplier)
         return x

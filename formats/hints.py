@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 
-from .errors import did_you_mean
+from .errors import did_you_mean, listed
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -19,7 +19,7 @@ def found_instead(paths: Iterable[Path]) -> str:
         return f"found {ggufs[0]}, which is a GGUF file; quantloom reads safetensors"
     if not names:
         return "found nothing"
-    return f"found {', '.join(names[:5])}" + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return f"found {listed(names, 5)}"
 
 
 def near(path: Path) -> str:

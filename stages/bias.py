@@ -14,9 +14,9 @@ import torch
 from ..formats.fileio import Reader
 from ..formats.format import Format
 from ..formats.registry import make_format
-from ..formats.rotation import rotate_
 from ..formats.tensors import TensorRef, torch_dtype
 from .inputs import Inputs
+from .reading import read_rows
 from .work import Chunk, Environment, LayerPlan, Work
 
 
@@ -67,28 +67,19 @@ class CorrectBias:
         fmt, device = make_format(*self.format), torch.device(work.environment.device)
 
         def stream(start: int, stop: int) -> Iterator[Chunk]:
-            columns = fmt.columns(work.plan.layer.weight.shape[1])
-            mean = torch.nn.functional.pad(self.inputs.mean(device), (0, columns - work.plan.layer.weight.shape[1]))
-            if self.inputs.rotation:
-                mean = rotate_(mean[None].contiguous(), self.inputs.rotation)[0]
+            mean = self.inputs.turned_mean(fmt.columns(work.plan.layer.weight.shape[1]), device)
             with Reader(self.bias.path) as reader:
                 for chunk in upstream(start, stop):
                     assert work.projection is not None
                     lost = work.projection[chunk.start :][: chunk.x.shape[0]] - _decoded(fmt, chunk) @ mean
-                    corrected = self._read(reader, chunk).to(device).float() + lost
+                    stored = read_rows(reader, self.bias, (chunk.start, chunk.start + len(lost)), "bias")[:, 0]
+                    corrected = stored.to(device).float() + lost
                     data = corrected.to(torch_dtype(self.bias.dtype)).cpu()
                     chunk.writes.append((self.bias.name, chunk.start * data.element_size(), data))
                     yield chunk
 
         work.stream = stream
         return work
-
-    def _read(self, reader: Reader, chunk: Chunk) -> torch.Tensor:
-        """The bias of the chunk's rows."""
-        size = torch_dtype(self.bias.dtype).itemsize
-        content = bytearray(chunk.x.shape[0] * size)
-        reader.read_into(memoryview(content), self.bias.start + chunk.start * size)
-        return torch.frombuffer(content, dtype=torch_dtype(self.bias.dtype))
 
     def memory(self, plan: LayerPlan, environment: Environment) -> int:
         """The decoded rows and integer indices into the code table."""
@@ -99,7 +90,4 @@ def _decoded(fmt: Format, chunk: Chunk) -> torch.Tensor:
     """The stored weights of a chunk."""
     assert chunk.codes is not None
     assert chunk.scales is not None
-    multiplier = chunk.scales.multiplier
-    if fmt.scaling == "block" and fmt.block_size:
-        multiplier = multiplier.repeat_interleave(fmt.block_size, 0)
-    return fmt.decode(chunk.codes, multiplier)
+    return fmt.decode(chunk.codes, fmt.row_multipliers(chunk.scales.multiplier, slice(None), len(chunk.codes)))

@@ -6,14 +6,14 @@ import re
 from collections.abc import Sequence
 
 from ..formats.elements import E4M3
-from ..formats.errors import PlanError, UsageError, shown
+from ..formats.errors import PlanError, UsageError, listed, shown
 from ..formats.format import TINY, Format
 from .inputs import Inputs
 from .rules import is_scale
 from .statistics import Statistics
 from .work import LayerPlan
 
-_NAMED = 12
+NAMED = 12
 """So many names stand in one message."""
 
 
@@ -46,7 +46,7 @@ class Evidence:
         problems = self.statistics.check(shapes)
         if problems:
             raise PlanError(
-                f"{self.statistics.path}: these statistics do not fit the checkpoint: {named(problems, '; ')}. "
+                f"{self.statistics.path}: these statistics do not fit the checkpoint: {listed(problems, NAMED, '; ')}. "
                 "Make them from this model with `quantloom calibrate`"
             )
 
@@ -82,9 +82,3 @@ def check_input_scale(value: float | str | None, fmt: Format, statistics: str | 
         raise UsageError(
             f"input scale {shown(value)} must be a positive number that float32 holds, amax, or a percentile like p99.9"
         )
-
-
-def named(names: Sequence[str], between: str = ", ") -> str:
-    """The first of many names, and how many follow."""
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return between.join(names[:_NAMED]) + more

@@ -19,7 +19,7 @@ from typing import ClassVar
 import torch
 
 from ..formats.errors import UsageError, did_you_mean, shown
-from ..formats.format import Format, Scales
+from ..formats.format import Format, Scales, inverse_of
 from .cancelling import check_here
 from .counter import seed_of
 from .methods import Problem, Rounded
@@ -205,7 +205,7 @@ def grid_steps(fmt: Format, values: torch.Tensor, scales: Scales) -> torch.Tenso
     steps = values.clone()
     shaped = fmt.shaped(steps)
     if fmt.element.mantissa:
-        shaped.mul_(torch.where(multiplier > 0, multiplier.reciprocal(), 0.0))
+        shaped.mul_(inverse_of(multiplier))
         steps.copy_(fmt.element.binade(steps)).mul_(2.0**-fmt.element.mantissa)
     else:
         steps.fill_(1.0)

@@ -44,6 +44,15 @@ class Inputs:
         """Float32 (n,): E[x], in the layer's own basis."""
         return self.store.mean(self.layer, device)
 
+    def turned_mean(self, columns: int, device: torch.device) -> torch.Tensor:
+        """Float32 (columns,): E[x] in the basis of the weight, padded as it is."""
+        return self._turned(self.mean(device), columns)
+
+    def _turned(self, mean: torch.Tensor, columns: int) -> torch.Tensor:
+        if self.rotation:
+            mean = rotate_(mean[None], self.rotation)[0]
+        return torch.nn.functional.pad(mean, (0, columns - mean.numel()))
+
     def _load(self, columns: int, device: torch.device) -> Moments:
         found = self.store.moments(self.layer, str(device))
         hessian, mean = found.hessian, found.mean
@@ -53,11 +62,9 @@ class Inputs:
             if hessian.dim() == 1:
                 hessian = torch.diag(hessian)
             hessian = rotate_(rotate_(hessian, self.rotation).T.contiguous(), self.rotation)
-            mean = rotate_(mean[None], self.rotation)[0]
         if (missing := columns - mean.numel()) > 0:
             hessian = torch.nn.functional.pad(hessian, (0, missing) * hessian.dim())
-            mean = torch.nn.functional.pad(mean, (0, missing))
-        return replace(found, hessian=hessian, mean=mean)
+        return replace(found, hessian=hessian, mean=self._turned(mean, columns))
 
 
 def release() -> None:

@@ -7,15 +7,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
-
 from ..formats.comfy import MARKER, format_string, marker_tensor
 from ..formats.encoding import Encoding
-from ..formats.fileio import Reader
 from ..formats.layers import Layer
 from ..formats.markers import flat
-from ..formats.tensors import TensorRef, TensorSpec, torch_dtype
-from .reading import Copy, Decode
+from ..formats.tensors import TensorRef, TensorSpec
+from .reading import Copy, Decode, read_whole
 from .work import LayerPlan
 from .writing import Cast, Write
 
@@ -77,8 +74,5 @@ def _legacy_input_scale(layer: Layer) -> float | None:
 
 def _number(ref: TensorRef) -> float | None:
     """The stored number; None when it is no scale."""
-    content = bytearray(ref.nbytes)
-    with Reader(ref.path) as reader:
-        reader.read_into(memoryview(content), ref.start)
-    value = float(torch.frombuffer(content, dtype=torch_dtype(ref.dtype))[0])
+    value = float(read_whole(ref)[0])
     return value if math.isfinite(value) and value > 0 else None

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 import torch
 
 from ..formats.errors import CheckpointError, UsageError
-from ..formats.fileio import Reader
 from ..formats.layers import WEIGHT, Layer, group_layers
 from ..formats.source import Source
-from ..formats.tensors import FLOAT_DTYPES, TensorRef, torch_dtype
+from ..formats.tensors import FLOAT_DTYPES, TensorRef
 from .estimates import Estimate
 from .histogram import BINS
+from .reading import read_whole
 
 
 @dataclass(frozen=True)
@@ -132,10 +132,7 @@ def _read(ref: TensorRef) -> torch.Tensor:
     """Float64 (n,). Raises CheckpointError for a norm that is no plain vector of numbers."""
     if ref.dtype not in FLOAT_DTYPES or len(ref.shape) != 1:
         raise CheckpointError(f"{ref.path}: {ref.name} is {ref.dtype} {ref.shape}, no norm's weight")
-    held = bytearray(ref.nbytes)
-    with Reader(ref.path) as reader:
-        reader.read_into(memoryview(held), ref.start)
-    values = torch.frombuffer(held, dtype=torch_dtype(ref.dtype)).double()
+    values = read_whole(ref).double()
     if not values.isfinite().all():
         raise CheckpointError(f"{ref.path}: {ref.name} holds NaN or Inf; its prior would be worthless")
     return values

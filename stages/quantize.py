@@ -8,13 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
-from ..formats.errors import PlanError, UsageError, did_you_mean, shown
+from ..formats.errors import PlanError, UsageError, did_you_mean, listed, shown
 from ..formats.format import Format
 from ..formats.registry import make_format
 from ..formats.rotation import is_power_of_four, rotation_group
 from ..formats.tensors import FLOAT_DTYPES, TensorRef
 from .chain import Choice, quantized
-from .evidence import Evidence, check_input_scale, named
+from .evidence import NAMED, Evidence, check_input_scale
 from .keeping import keep
 from .methods import ROUNDINGS, make_method
 from .stage import Context
@@ -180,7 +180,8 @@ class _Planner:
         if self.missing:
             other = "kept" if self.stage.without_statistics == KEEP else f"rounded by {self.stage.without_statistics}"
             what = f"{other} instead of calibrated" if self.stage.rounding == "calibrated" else "without them"
-            self.context.notes.append(f"no statistics for {len(self.missing)} layers, {what}: {named(self.missing)}")
+            names = listed(self.missing, NAMED)
+            self.context.notes.append(f"no statistics for {len(self.missing)} layers, {what}: {names}")
 
 
 def _check_choice(option: str, value: str, known: tuple[str, ...]) -> None:

@@ -56,6 +56,14 @@ def read_rows(reader: Reader, ref: TensorRef, rows: tuple[int, int], key: str) -
     return buffer.view(torch_dtype(ref.dtype)).view(stop - start, math.prod(ref.shape[1:]))
 
 
+def read_whole(ref: TensorRef) -> torch.Tensor:
+    """All numbers of a stored tensor, flat, in memory of their own: for those that are small."""
+    content = bytearray(ref.nbytes)
+    with Reader(ref.path) as reader:
+        reader.read_into(memoryview(content), ref.start)
+    return torch.frombuffer(content, dtype=torch_dtype(ref.dtype))
+
+
 def as_float32(x: torch.Tensor, columns: int) -> torch.Tensor:
     """``x`` (r, n) as float32 (r, columns) in scratch memory, padded with zeros; float64 is rounded first."""
     width = x.shape[1]

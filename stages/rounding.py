@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 
-from ..formats.format import Format
 from ..formats.registry import make_format
 from .reading import chunk_elements
 from .work import Chunk, Environment, LayerPlan, Work
@@ -40,7 +39,7 @@ class Round:
                 original = chunk.x[sampled].clone()
                 chunk.codes = fmt.encode_(chunk.x, chunk.scales)
                 if original.shape[0]:
-                    multiplier = _multiplier_rows(fmt, chunk.scales.multiplier, sampled, chunk.x.shape[0])
+                    multiplier = fmt.row_multipliers(chunk.scales.multiplier, sampled, chunk.x.shape[0])
                     decoded = fmt.decode(chunk.codes[sampled], multiplier)
                     error.add_(decoded.sub_(original).double().square_().sum())
                     weight.add_(original.double().square_().sum())
@@ -53,12 +52,3 @@ class Round:
     def memory(self, plan: LayerPlan, environment: Environment) -> int:
         """Codes, and integer work buffers as wide as the weights."""
         return chunk_elements(plan, environment) * 10
-
-
-def _multiplier_rows(fmt: Format, multiplier: torch.Tensor, rows: slice, count: int) -> torch.Tensor:
-    """Decode multipliers of the sampled rows of a chunk."""
-    if fmt.scaling == "tensor":
-        return multiplier
-    if fmt.scaling == "block" and fmt.block_size:
-        return multiplier[torch.arange(count, device=multiplier.device)[rows] // fmt.block_size]
-    return multiplier[rows]

@@ -54,7 +54,7 @@ def _parse(file: Path, text: str) -> object:
     suffix = file.suffix.lower()
     try:
         if suffix == ".json":
-            return json.loads(text, object_pairs_hook=_no_duplicates)
+            return json.loads(text, object_pairs_hook=no_duplicates)
         if suffix in (".yaml", ".yml"):
             return yaml.load(text, Loader=_yaml_loader())
         if suffix == ".toml":
@@ -72,7 +72,8 @@ def _parse(file: Path, text: str) -> object:
     raise UsageError(f"layer file {file}: the name must end in .json, .yaml, .yml or .toml")
 
 
-def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
+def no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """A JSON object of these pairs; ValueError for a key that is given twice."""
     found: dict[str, object] = {}
     for key, value in pairs:
         if key in found:

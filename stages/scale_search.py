@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..formats.format import Format, Scales, Stats
+from ..formats.format import Format, Scales, Stats, inverse_of
 from ..formats.reduce import sums_
 from .fused import kernels_for
 
@@ -44,7 +44,7 @@ class Scaling:
     def steps(self, peak: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What a weight is multiplied by, and what its code is, as in ``Format.snap_``."""
         multiplier = self.scales(peak).multiplier
-        return torch.where(multiplier > 0, multiplier.reciprocal(), 0.0), multiplier
+        return inverse_of(multiplier), multiplier
 
     def groups(self, x: torch.Tensor) -> torch.Tensor:
         """A view (G, g, r) of contiguous ``x`` (n, r)."""

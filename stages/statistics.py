@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..formats.errors import CheckpointError, UsageError, did_you_mean
+from ..formats.errors import CheckpointError, UsageError, did_you_mean, listed
 from .statistics_table import Table, read_table
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class Statistics:
         if missing := table.incomplete():
             names = [name for entry in missing for name in table.layers_of(entry)]
             raise CheckpointError(
-                f"{root}: {len(missing)} of {len(table.inputs)} inputs are not complete, those of {_listed(names)}; "
+                f"{root}: {len(missing)} of {len(table.inputs)} inputs are not complete, those of {listed(names, 5)}; "
                 "the calibration was stopped: run the same command again, and it goes on where it stood"
             )
         return cls(str(root), table)
@@ -220,7 +220,3 @@ def _near(name: str, known: Mapping[str, Any] | tuple[str, ...]) -> str:
     hint = did_you_mean(name, known)
     return hint if hint.startswith("; did") else ""
 
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return ", ".join(names[:5]) + more
