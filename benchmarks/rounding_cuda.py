@@ -43,7 +43,7 @@ from quantloom.stages.factor import factorise
 from quantloom.stages.gradient import Gradient
 from quantloom.stages.histogram import count
 from quantloom.stages.learned import Learned
-from quantloom.stages.matrix import solve
+from quantloom.stages.matrix import solve, solve_all
 from quantloom.stages.methods import Method, Problem
 from quantloom.stages.statistics_store import create_store, write_estimate
 from quantloom.stages.statistics_table import InputEntry, make_table, write_table
@@ -162,6 +162,16 @@ class Subject:
         yield self.timed("calibrated: rounding, 2 sweeps", lambda: thorough.solver(problem).solve(start), stored)
         yield self.timed("calibrated: factor and 2 sweeps", lambda: thorough.solver(fresh()).solve(start))
         yield self.timed("calibrated: whole", lambda: solve(method, fresh())[0], stored)
+
+        def three() -> list[Problem]:
+            """Layers that share their inputs, such as q, k and v."""
+            return [replace(each, name=name) for name, each in zip("qkv", [fresh()] * 3, strict=True)]
+
+        def together() -> Any:
+            return thorough.solve_together([thorough.solver(each) for each in three()])
+
+        yield self.timed("calibrated: three layers in one, factor and 2 sweeps", together)
+        yield self.timed("calibrated: three layers in one, whole", lambda: solve_all(method, three()))
 
 
 def _plain(fmt: Format, weight: torch.Tensor, search: bool) -> torch.Tensor:

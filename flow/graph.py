@@ -9,10 +9,12 @@ from __future__ import annotations
 import time
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
+from operator import itemgetter
 
 from dask._task_spec import GraphNode, List, Task, TaskRef
 
 from ..stages.inputs import release
+from ..stages.matrix import Solve
 from ..stages.scaling import Scale
 from ..stages.work import Environment, LayerPlan, Receipt, Step, Work
 from .runner import prepare_thread
@@ -37,9 +39,13 @@ def stage_graph(layers: Sequence[LayerPlan], environment: Environment) -> Graph:
     """The whole graph, before fusion."""
     graph: Graph = {}
     before: LayerPlan | None = None
+    after: dict[str, Key | None] = {}
     for plan in layers:
-        together = before is not None and plan.affinity and plan.affinity == before.affinity
-        graph.update(_layer_graph(plan, environment, receipt_keys(before)[-1] if together and before else None))
+        first = plan.together[0][0] if plan.together else plan.layer.name
+        if first not in after:  # layers that are solved in one wait for what came before the first of them
+            shares = before is not None and plan.affinity and plan.affinity == before.affinity
+            after[first] = receipt_keys(before)[-1] if before is not None and shares else None
+        graph.update(_layer_graph(plan, environment, after[first]))
         before = plan
     return graph
 
@@ -71,6 +77,12 @@ def _layer_graph(plan: LayerPlan, environment: Environment, after: Key | None = 
                 graph[amax_key] = Task(amax_key, part_amax, step, above)
                 amaxes.append(TaskRef(amax_key))
                 graph[key] = Task(key, apply_scale, step, above, TaskRef(shared))
+            elif plan.together and isinstance(step, Solve):
+                joint = ("together", plan.together[0][0])
+                inputs = [TaskRef((plan.steps[index - 1].name, other)) for other, _ in plan.together]
+                graph[joint] = Task(joint, step.run_together, List(*inputs))
+                place = [other for other, _ in plan.together].index(name)
+                graph[key] = Task(key, itemgetter(place), TaskRef(joint))
             else:
                 graph[key] = Task(key, step.run, above)
             above = TaskRef(key)

@@ -29,6 +29,7 @@ from .origin import ENTRY
 from .parts import split_large
 from .recipe import Output, Recipe
 from .sizes import count, show_seconds, show_size
+from .together import put_together
 
 
 @dataclass(frozen=True)
@@ -140,8 +141,9 @@ def make_plan(recipe: Recipe, keep_reasons: Mapping[str, str] | None = None) -> 
     shards = lay_out(groups, recipe.output.path, recipe.output.shard_bytes, metadata, stem)
     _refuse_same_file(source, recipe.output, shards)
     slots = {slot.name: slot for shard in shards for slot in shard.slots}
-    placed = tuple(split_large(replace(layer, slots=_slots(layer, slots))) for layer in layers)
-    return Plan(recipe, source, placed, tuple(shards), digest, tuple(context.notes), tuple(context.warnings))
+    placed = [split_large(replace(layer, slots=_slots(layer, slots))) for layer in layers]
+    placed = put_together(placed, recipe.run.device)
+    return Plan(recipe, source, tuple(placed), tuple(shards), digest, tuple(context.notes), tuple(context.warnings))
 
 
 def plan_layers(recipe: Recipe) -> tuple[Source, list[LayerPlan], Context]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from ..formats.errors import NonFiniteError, UsageError
 from .factor import Factor, factorise, memory_of_factor
-from .feedback_solver import DiagonalSolver, FeedbackSolver, memory_of_rows
-from .methods import Problem
+from .feedback_solver import DiagonalSolver, FeedbackSolver, memory_of_rows, solve_together
+from .methods import Problem, Rounded
 from .statistics import Moments
 
 _DAMPING, _ENOUGH, _MOST = 0.05, 1024, 8.0
@@ -64,6 +65,10 @@ class Calibrated:
         except NonFiniteError as error:
             raise NonFiniteError(f"{problem.name}: {error}; calibrate again") from error
         return FeedbackSolver(problem, factor, self.sweeps)
+
+    def solve_together(self, solvers: Sequence[FeedbackSolver | DiagonalSolver]) -> list[Rounded]:
+        """Layers that share inputs, such as q, k and v: what is launched for few rows costs as much as for many."""
+        return solve_together(solvers)
 
     def operations(self, shape: tuple[int, int]) -> float:
         """A factor, and products of all rows with the moments: one for feedback, two a sweep, four to measure."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
 import torch
 
+from ..formats.format import Scales
 from ..formats.reduce import tree_sum_
 from .cascade import Choice
 from .error_feedback import Panel, feed_back, feed_back_choosing, losses, sweep_
@@ -40,7 +41,8 @@ class _Solver(ABC):
     def __init__(self, problem: Problem, order: torch.Tensor, unit: torch.Tensor) -> None:
         self.problem, self.order, self.unit = problem, order, unit
         fmt = problem.format
-        self.scaling = Scaling(fmt, None if fmt.scaling == "tensor" else problem.whole)
+        self.whole = None if fmt.scaling == "tensor" else problem.whole
+        """What the rows share beside their own scales: NVFP4's scale of the tensor."""
 
     def loss(self, values: torch.Tensor) -> float:
         """tr(E Hd E^T), E = values - weight, whatever the magnitude of the weights."""
@@ -52,29 +54,11 @@ class _Solver(ABC):
 
     def solve(self, start: torch.Tensor) -> Rounded:
         """Values and scales; ``start`` plays no part."""
-        weight = self.problem.weight
-        values = torch.empty_like(weight)
-        peaks = []
-        shared = self.tensor_peak() if self.problem.format.scaling == "tensor" else None
-        for rows in self.ranges():
-            x = self.turned(weight[rows])
-            rounded, peak = self.round(x, None if shared is None else shared.expand(1, x.shape[1]))
-            values[rows].T.index_copy_(0, self.order, rounded)
-            peaks.append(peak)
-        peak = torch.cat(peaks, 1)
-        groups = self.order.view(peak.shape[0], -1)[:, 0] // (self.order.shape[0] // peak.shape[0])
-        if peak.shape[0] > 1:
-            peak = torch.empty_like(peak).index_copy_(0, groups, peak)
-        return Rounded(values, self.scaling.stored(peak))
+        return solve_together([self])[0]
 
     def ranges(self) -> Iterator[slice]:
         """Rows that are worked on at a time: whole tiles."""
-        m, n = self.problem.weight.shape
-        multiple = self.problem.format.rows_multiple
-        panel = _PANEL[self.problem.weight.device.type] // self.problem.split
-        step = max(1, panel // (n * multiple)) * multiple
-        for start in range(0, m, step):
-            yield slice(start, min(start + step, m))
+        return _ranges(self.problem, self.problem.weight)
 
     def turned(self, rows: torch.Tensor) -> torch.Tensor:
         """Contiguous (n, r): rows on their side, columns in order."""
@@ -91,7 +75,7 @@ class _Solver(ABC):
         for rows in self.ranges():
             x = self.turned(weight[rows])
             everywhere = peaks[:, None, None].expand(-1, 1, x.shape[1]).contiguous()
-            found.append(self.scaling.errors(x, everywhere, importance)[:, 0])
+            found.append(Scaling(self.problem.format, None).errors(x, everywhere, importance)[:, 0])
         return peaks.take(tree_sum_(torch.cat(found, 1)).argmin())
 
     @abstractmethod
@@ -103,8 +87,50 @@ class _Solver(ABC):
         """Float32 (): for scaling ``tensor``."""
 
     @abstractmethod
-    def round(self, x: torch.Tensor, peak: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def round(
+        self, x: torch.Tensor, peak: torch.Tensor | None, scaling: Scaling
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Rounded weights (n, r) and their peaks (G, r), which may be given."""
+
+    def stored(self, peak: torch.Tensor) -> Scales:
+        """Scales of the whole matrix, of its peaks (G, m) with groups in the solver's order."""
+        groups = self.order.view(peak.shape[0], -1)[:, 0] // (self.order.shape[0] // peak.shape[0])
+        if peak.shape[0] > 1:
+            peak = torch.empty_like(peak).index_copy_(0, groups, peak)
+        return Scaling(self.problem.format, self.whole).stored(peak)
+
+
+def solve_together(solvers: Sequence[_Solver]) -> list[Rounded]:
+    """Values and scales of matrices that have inputs and format in common, solved as one with all their rows.
+
+    Rows do not interact, and what is launched for few costs as much as for many.
+    """
+    first, weights = solvers[0], [solver.problem.weight for solver in solvers]
+    weight = weights[0] if len(weights) == 1 else torch.cat(weights)
+    values, peaks = torch.empty_like(weight), []
+    shared = whole = None
+    if first.problem.format.scaling == "tensor":
+        shared = torch.cat([solver.tensor_peak().expand(1, len(solver.problem.weight)) for solver in solvers], 1)
+    elif first.whole is not None:
+        wholes = ((solver.whole, len(solver.problem.weight)) for solver in solvers)
+        whole = torch.cat([one.expand(rows) for one, rows in wholes if one is not None])
+    for rows in _ranges(first.problem, weight):
+        x = first.turned(weight[rows])
+        scaling = Scaling(first.problem.format, None if whole is None else whole[rows])
+        rounded, peak = first.round(x, None if shared is None else shared[:, rows], scaling)
+        values[rows].T.index_copy_(0, first.order, rounded)
+        peaks.append(peak)
+    lengths = [len(weight) for weight in weights]
+    parts = zip(solvers, values.split(lengths), torch.cat(peaks, 1).split(lengths, 1), strict=True)
+    return [Rounded(part, solver.stored(peak)) for solver, part, peak in parts]
+
+
+def _ranges(problem: Problem, weight: torch.Tensor) -> Iterator[slice]:
+    m, n = weight.shape
+    multiple = problem.format.rows_multiple
+    step = max(1, _PANEL[weight.device.type] // problem.split // (n * multiple)) * multiple
+    for start in range(0, m, step):
+        yield slice(start, min(start + step, m))
 
 
 class FeedbackSolver(_Solver):
@@ -136,20 +162,23 @@ class FeedbackSolver(_Solver):
 
     def tried(self, x: torch.Tensor, peak: torch.Tensor) -> Panel:
         """Rounded under one peak () for all, as far as it takes to tell peaks apart: one sweep."""
-        panel = feed_back(x, peak.expand(1, x.shape[1]), self.factor, self.scaling)
+        scaling = Scaling(self.problem.format, None)
+        panel = feed_back(x, peak.expand(1, x.shape[1]), self.factor, scaling)
         if self.sweeps:
-            sweep_(panel, self.factor, self.scaling)
+            sweep_(panel, self.factor, scaling)
         return panel
 
-    def round(self, x: torch.Tensor, peak: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        panel = self.first(x) if peak is None else feed_back(x, peak, self.factor, self.scaling)
+    def round(
+        self, x: torch.Tensor, peak: torch.Tensor | None, scaling: Scaling
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        panel = self.first(x, scaling) if peak is None else feed_back(x, peak, self.factor, scaling)
         for _ in range(self.sweeps):
-            sweep_(panel, self.factor, self.scaling)
+            sweep_(panel, self.factor, scaling)
         return panel.values, panel.peak
 
-    def first(self, x: torch.Tensor) -> Panel:
+    def first(self, x: torch.Tensor, scaling: Scaling) -> Panel:
         """Rounded by error feedback alone, under the best of the alternatives for each set of rows with one scale."""
-        factor, scaling, fmt = self.factor, self.scaling, self.problem.format
+        factor, fmt = self.factor, self.problem.format
         if scaling.local:
             choice = Choice(torch.tensor(fmt.ratios, device=x.device), factor.pivots)
             return feed_back_choosing(x, factor, scaling, choice)
@@ -186,7 +215,9 @@ class DiagonalSolver(_Solver):
     def tensor_peak(self) -> torch.Tensor:
         return self.search_tensor(self.diagonal, self.ratios)
 
-    def round(self, x: torch.Tensor, peak: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def round(
+        self, x: torch.Tensor, peak: torch.Tensor | None, scaling: Scaling
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         if peak is None:
-            peak = self.scaling.search(x, self.diagonal, self.ratios)
-        return self.scaling.round(x, peak), peak
+            peak = scaling.search(x, self.diagonal, self.ratios)
+        return scaling.round(x, peak), peak

@@ -122,7 +122,7 @@ def _choose(target, origin, coupling, made, peaks, ratios, cost, whole, r, ld, l
             K: tl.constexpr, B: tl.constexpr, S: tl.constexpr, R: tl.constexpr,
             LARGEST: tl.constexpr, UNIFORM: tl.constexpr, SMALLEST: tl.constexpr, SHIFT: tl.constexpr):  # fmt: skip
     rows = tl.program_id(0) * R + tl.arange(0, R)
-    shared = tl.load(whole)
+    shared = tl.load(whole + rows, mask=rows < r, other=1.0)
     for start in range(0, B, S):
         columns = _targets(target, coupling, made, start, start, ld, ldc, rows, r, B, S)
         before = _load(origin, start, ld, rows, r, B, S)
@@ -186,7 +186,9 @@ def choosing_cascade_(target: torch.Tensor, moves: torch.Tensor, origin: torch.T
         _walk[grid](target, origin, coupling, moves, peak, peak, peak, *strides, PEAKS=True, B=width,
                     G=scaling.grouped, S=_STRIP, R=_ROWS, **grid_of(scaling.format.element), num_warps=1)  # fmt: skip
         return
-    _choose[grid](target, origin, coupling, moves, peak, choice.ratios, choice.cost, scaling.whole, *strides,
+    assert scaling.whole is not None
+    whole = scaling.whole.expand(rows).contiguous()
+    _choose[grid](target, origin, coupling, moves, peak, choice.ratios, choice.cost, whole, *strides,
                   K=len(choice.ratios), B=width, S=scaling.grouped, R=_ROWS, **grid_of(scaling.format.element),
                   num_warps=1)  # fmt: skip
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,9 +14,9 @@ from ..formats.format import Format, Scales
 from ..formats.registry import make_format
 from .cancelling import cancellable
 from .inputs import Inputs
-from .methods import Method, Problem, Rounded
+from .methods import Method, Problem, Rounded, Solver, Stacking
 from .quality import Measure, Quality, row_ranges
-from .work import Chunk, Environment, LayerPlan, Work
+from .work import Chunk, Environment, LayerPlan, Stream, Work
 
 _log = logging.getLogger(__name__)
 
@@ -41,26 +41,44 @@ class Solve:
         return self.method.name
 
     def run(self, work: Work) -> Work:
+        return self.run_together([work])[0]
+
+    def run_together(self, works: Sequence[Work]) -> list[Work]:
+        """Layers that are solved in one: all are gathered when the first is pulled, and the others' results wait."""
         fmt = make_format(*self.format)
-        upstream = work.stream
-        assert upstream is not None
+        upstream = [(work, work.stream) for work in works]
+        waiting: dict[str, tuple[Rounded, Quality]] = {}
 
-        def stream(start: int, stop: int) -> Iterator[Chunk]:
-            columns = fmt.columns(work.plan.layer.weight.shape[1])
-            weight, scales = _gather(upstream(start, stop), (stop - start, columns), fmt)
-            moments = None if self.inputs is None else self.inputs.moments(columns, weight.device)
-            whole = None if work.whole is None else torch.tensor(work.whole, device=weight.device)
-            problem = Problem(work.plan.layer.name, weight, fmt, scales, whole, moments)
-            with cancellable(work.environment.run_id):
-                rounded, work.quality = solve_in_memory(self.method, problem)
-            work.squared_error, work.squared_weight = work.quality.stored.weight**2, 1.0
-            for rows in row_ranges(weight, fmt.rows_multiple):
-                part = fmt.rows(rounded.scales, rows.start, rows.stop)
-                x = rounded.values[rows]
-                yield Chunk(start + rows.start, x, part, fmt.encode_(x, part))
+        def solved() -> dict[str, tuple[Rounded, Quality]]:
+            problems = [self._problem(work, stream, fmt) for work, stream in upstream]
+            with cancellable(works[0].environment.run_id):
+                found = solve_in_memory(self.method, problems)
+            return {problem.name: result for problem, result in zip(problems, found, strict=True)}
 
-        work.stream = stream
-        return work
+        def stream_of(work: Work) -> Stream:
+            def stream(start: int, stop: int) -> Iterator[Chunk]:
+                if work.plan.layer.name not in waiting:
+                    waiting.update(solved())
+                rounded, work.quality = waiting.pop(work.plan.layer.name)
+                work.squared_error, work.squared_weight = work.quality.stored.weight**2, 1.0
+                for rows in row_ranges(rounded.values, fmt.rows_multiple):
+                    part = fmt.rows(rounded.scales, rows.start, rows.stop)
+                    x = rounded.values[rows]
+                    yield Chunk(rows.start, x, part, fmt.encode_(x, part))
+
+            return stream
+
+        for work in works:
+            work.stream = stream_of(work)
+        return list(works)
+
+    def _problem(self, work: Work, stream: Stream | None, fmt: Format) -> Problem:
+        assert stream is not None
+        rows, columns = work.plan.layer.weight.shape[0], fmt.columns(work.plan.layer.weight.shape[1])
+        weight, scales = _gather(stream(0, rows), (rows, columns), fmt)
+        moments = None if self.inputs is None else self.inputs.moments(columns, weight.device)
+        whole = None if work.whole is None else torch.tensor(work.whole, device=weight.device)
+        return Problem(work.plan.layer.name, weight, fmt, scales, whole, moments)
 
     def operations(self, plan: LayerPlan) -> float:
         """Floating-point operations of the method, roughly."""
@@ -68,33 +86,55 @@ class Solve:
         return self.method.operations((rows, columns))
 
     def memory(self, plan: LayerPlan, environment: Environment) -> int:
-        """Weight, start and result, scales, what the method takes, and the statistics twice while they are turned."""
+        """Weight, start and result, scales, what the method takes, and the statistics twice while they are turned.
+
+        Layers that are solved in one lie there all at a time, and their weights twice."""
         fmt = make_format(*self.format)
-        rows, columns = plan.layer.weight.shape[0], fmt.columns(plan.layer.weight.shape[1])
+        rows = sum(count for _, count in plan.together) or plan.layer.weight.shape[0]
+        columns = fmt.columns(plan.layer.weight.shape[1])
         groups = math.prod(fmt.scale_shape((rows, columns)))
         statistics = 8 * columns**2 if self.inputs else 0
-        return 12 * rows * columns + 24 * groups + self.method.memory((rows, columns), environment.device) + statistics
+        matrices = (16 if plan.together else 12) * rows * columns
+        return matrices + 24 * groups + self.method.memory((rows, columns), environment.device) + statistics
 
 
-def solve_in_memory(method: Method, problem: Problem) -> tuple[Rounded, Quality]:
-    """``solve``, again with ranges of rows half as large when a device is out of memory."""
+def solve_in_memory(method: Method, problems: Sequence[Problem]) -> list[tuple[Rounded, Quality]]:
+    """``solve_all``, again with ranges of rows half as large when a device is out of memory."""
     while True:
         try:
-            return solve(method, problem)
+            return solve_all(method, problems)
         except torch.OutOfMemoryError:
-            if problem.split >= _MOST_SPLIT:
+            split = problems[0].split * 2
+            if split > _MOST_SPLIT:
                 raise
-            _log.warning("%s: out of memory, ranges of rows are split in %d", problem.name, problem.split * 2)
+            _log.warning("%s: out of memory, ranges of rows are split in %d", problems[0].name, split)
         torch.cuda.empty_cache()
         time.sleep(_WAIT_SECONDS)  # other tasks hold what is missing, and some are about to end
-        problem = replace(problem, split=problem.split * 2)
+        problems = [replace(problem, split=split) for problem in problems]
 
 
 def solve(method: Method, problem: Problem) -> tuple[Rounded, Quality]:
-    """What the method finds, or its start where that is no worse, and how good it is."""
-    solver = method.solver(problem)
-    start = problem.format.snap_(problem.weight.clone(), problem.scales)
-    found = solver.solve(start)
+    """``solve_all`` for one matrix."""
+    return solve_all(method, [problem])[0]
+
+
+def solve_all(method: Method, problems: Sequence[Problem]) -> list[tuple[Rounded, Quality]]:
+    """What the method finds for each, or its start where that is no worse, and how good it is.
+
+    More than one problem is for methods that solve them in one.
+    """
+    solvers = [method.solver(problem) for problem in problems]
+    starts = [problem.format.snap_(problem.weight.clone(), problem.scales) for problem in problems]
+    if len(problems) == 1:
+        found = [solvers[0].solve(starts[0])]
+    else:
+        assert isinstance(method, Stacking)
+        found = method.solve_together(solvers)
+    return [_better(*each) for each in zip(problems, solvers, starts, found, strict=True)]
+
+
+def _better(problem: Problem, solver: Solver, start: torch.Tensor, found: Rounded) -> tuple[Rounded, Quality]:
+    """What was found, or the start."""
     kept = not solver.loss(found.values) <= solver.loss(start)  # NaN is no improvement
     if kept:
         found = Rounded(start, problem.scales)

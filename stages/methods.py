@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 from ..formats.errors import UsageError, did_you_mean
 from .stage import build
@@ -75,6 +75,14 @@ class Method(Protocol):
 
     def memory(self, shape: tuple[int, int], device: str) -> int:
         """Bytes that solver and solution of an (m, n) matrix take at most on a device, beside weight and scales."""
+
+
+@runtime_checkable
+class Stacking(Protocol):
+    """A method that solves matrices in one when they have inputs and format in common."""
+
+    def solve_together(self, solvers: Sequence[Any]) -> list[Rounded]:
+        """What each of the method's own solvers would find, one after another."""
 
 
 @dataclass(frozen=True)

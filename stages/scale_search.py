@@ -22,7 +22,8 @@ class Scaling:
 
     format: Format
     whole: torch.Tensor | None
-    """What all rows share, for NVFP4; tensor scaling has a peak instead."""
+    """NVFP4's scales of the tensors that rows belong to: Float32 (r,), or () for one; tensor scaling has a peak
+    instead."""
 
     @property
     def grouped(self) -> int:

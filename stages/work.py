@@ -102,6 +102,8 @@ class LayerPlan:
     """Row ranges that run as tasks of their own; empty: one task."""
     affinity: str = ""
     """Layers of equal affinity run in one task, one after the other: they share what is costly to load."""
+    together: tuple[tuple[str, int], ...] = ()
+    """Name and rows of each layer that is solved in one with this one, itself included; empty for a layer alone."""
 
     @property
     def rows(self) -> int:

@@ -312,8 +312,28 @@ def test_search_for_the_whole_tensor(name: str) -> None:
     peak = solver.search_tensor(importance, ratios)
     x = solver.turned(problem.weight)
     peaks = problem.weight.abs().max() * torch.tensor(ratios)
-    errors = solver.scaling.errors(x, peaks[:, None, None].expand(-1, 1, SHAPE[0]), importance).sum((1, 2))
+    errors = Scaling(fmt, None).errors(x, peaks[:, None, None].expand(-1, 1, SHAPE[0]), importance).sum((1, 2))
     assert float(peak) == float(peaks[errors.argmin()])
+
+
+# Several matrices
+
+
+@every_format
+def test_matrices_solved_in_one_are_solved_as_alone(fmt: Format) -> None:
+    """Rows do not interact; scales of a tensor, and what NVFP4's rows share, stay those of each matrix."""
+    known = moments(inputs(SHAPE[1]))
+    problems = [
+        problem_of(fmt, weights((rows, SHAPE[1]), seed) * 10.0**seed, known)
+        for seed, rows in enumerate((fmt.rows_multiple * 2, fmt.rows_multiple, fmt.rows_multiple * 3))
+    ]
+    method = Calibrated()
+    solvers = [method.solver(problem) for problem in problems]
+    for solver, problem, found in zip(solvers, problems, method.solve_together(solvers), strict=True):
+        alone = method.solver(problem).solve(problem.weight)
+        assert torch.equal(fmt.snap_(found.values.clone(), found.scales), found.values)
+        assert (found.values == alone.values).float().mean() > 0.95, "a tie in the last bit moves what comes after it"
+        assert solver.loss(found.values) == pytest.approx(solver.loss(alone.values), rel=0.05)
 
 
 # Statistics of little use

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import quantloom
 from quantloom import Pipeline
-from quantloom.flow import parts
+from quantloom.flow import parts, together
 from quantloom.flow.budget import make_budget
 from quantloom.flow.graph import batches
 from quantloom.flow.plan import Plan
@@ -215,6 +215,48 @@ def test_the_factor_is_made_once_for_layers_that_share_an_input(
     assert len(made) == len(inputs) < len(report.layers)
 
 
+@pytest.mark.parametrize("kind", FORMATS)
+def test_layers_that_share_an_input_are_solved_in_one(
+    kind: str, checkpoint: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from quantloom.stages.calibrated import Calibrated
+
+    solved: list[int] = []
+    real = Calibrated.solve_together
+    monkeypatch.setattr(Calibrated, "solve_together", lambda *args: (solved.append(len(args[1])), real(*args))[1])
+    options = {**FORMATS[kind], "rounding": "calibrated", "statistics": str(store)}
+    plan = planned(checkpoint, **options)
+    groups = {layer.together for layer in plan.quantized if layer.together}
+    assert groups
+    for group in groups:
+        members = [layer for layer in plan.quantized if layer.together == group]
+        assert group == tuple((layer.layer.name, layer.rows) for layer in members)
+        assert len({(layer.affinity, layer.layer.weight.shape[1], layer.format) for layer in members}) == 1
+        alone = replace(members[0], together=()).peak_bytes(Environment())
+        assert members[0].peak_bytes(Environment()) > alone, "they lie in memory together"
+    report = convert(checkpoint, tmp_path / "one.safetensors", **options)
+    assert sorted(solved) == sorted(len(group) for group in groups)
+    monkeypatch.setitem(together._MOST, "cpu", 0)
+    assert not any(layer.together for layer in planned(checkpoint, **options).quantized)
+    each = convert(checkpoint, tmp_path / "each.safetensors", **options)
+    for one, other in zip(report.layers, each.layers, strict=True):
+        assert one.name == other.name
+        assert one.quality is not None
+        assert other.quality is not None
+        assert one.quality.stored.output == pytest.approx(other.quality.stored.output, rel=0.03)
+
+
+def test_a_group_that_a_device_is_busy_with_is_not_larger(
+    checkpoint: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"format": "int8", "scaling": "row", "rounding": "calibrated", "statistics": str(store)}
+    sizes = {layer.layer.name: math.prod(layer.layer.weight.shape) for layer in planned(checkpoint, **options).layers}
+    monkeypatch.setitem(together._MOST, "cpu", 2 * max(sizes.values()))
+    groups = {layer.together for layer in planned(checkpoint, **options).quantized if layer.together}
+    assert groups
+    assert all(sum(sizes[name] for name, _ in group) <= 2 * max(sizes.values()) for group in groups)
+
+
 def test_a_whole_matrix_is_never_split(checkpoint: Path, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parts, "PART_BYTES", 1 << 14)
     assert any(layer.parts for layer in planned(checkpoint, format="fp8").layers)
@@ -301,10 +343,10 @@ def test_the_report_names_layers_that_kept_their_start(
 def test_running_out_of_memory_splits_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(matrix, "_WAIT_SECONDS", 0)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    assert not solve_in_memory(Fake("memory"), problem())[1].kept_start
+    assert not solve_in_memory(Fake("memory"), [problem()])[0][1].kept_start
     monkeypatch.setattr(matrix, "_MOST_SPLIT", 2)
     with pytest.raises(torch.OutOfMemoryError):
-        solve_in_memory(Fake("memory"), problem())
+        solve_in_memory(Fake("memory"), [problem()])
 
 
 def test_splitting_changes_nothing_but_the_last_bits() -> None:
