@@ -26,6 +26,7 @@ import torch
 
 from ..formats.errors import CheckpointError, PlanError, UsageError
 from .estimates import Estimate, merged
+from .statistics_arrays import RowBlocks, open_array
 from .statistics_table import METADATA, InputEntry, Table, make_table, write_table
 
 if TYPE_CHECKING:
@@ -46,26 +47,28 @@ def read_estimate(root: Path, entry: InputEntry) -> Estimate:
     """An input as it is stored. Raises CheckpointError when arrays are missing or have another shape than the table,
     and, when its last row is read, that what was read is not what was written."""
     n = entry.width
-    mean, diagonal, histogram = (
-        _part(root, entry, name, shape) for name, shape in (("mean", (n,)), ("diagonal", (n,)), ("histogram", None))
-    )
+    small = [
+        np.ascontiguousarray(open_array(root / entry.where / name, shape)[:])
+        for name, shape in (("mean", (n,)), ("diagonal", (n,)), ("histogram", None))
+    ]
     checksum = 0
-    for array in (mean, diagonal, histogram):
+    for array in small:
         checksum = zlib.crc32(array.data, checksum)
     if not entry.hessian:
         _check_sum(root, entry, checksum)
+    hessian = RowBlocks(root / entry.where / "hessian", n) if entry.hessian else None
     read = {0: checksum}
 
     def rows(start: int, stop: int) -> torch.Tensor:
-        values = _part(root, entry, "hessian", (n, n), slice(start, stop))
+        assert hessian is not None
+        values = hessian.rows(start, stop)
         if start in read:  # in order from the first row on
             read[stop] = zlib.crc32(values.data, read.pop(start))
             if stop == n:
                 _check_sum(root, entry, read.pop(stop))
         return torch.from_numpy(values)
 
-    tensors = (torch.from_numpy(array) for array in (mean, diagonal, histogram))
-    mean, diagonal, histogram = tensors
+    mean, diagonal, histogram = (torch.from_numpy(array) for array in small)
     return Estimate(entry.tokens, mean, diagonal, rows if entry.hessian else None, histogram, entry.amax)
 
 
@@ -198,21 +201,6 @@ def _transposed(stores: Sequence[Statistics]) -> frozenset[str]:
 
 def _entry(store: Statistics, name: str) -> InputEntry:
     return store.table.inputs[store.table.layers[name].input]
-
-
-def _part(root: Path, entry: InputEntry, name: str, shape: tuple[int, ...] | None, rows: slice = slice(None)) -> Any:
-    """Rows of an array; CheckpointError when it is missing, broken, or of another shape than the table says."""
-    import zarr
-
-    try:
-        array = zarr.open_array(root / entry.where / name, mode="r")
-        found = array.shape
-        if shape is None or found == shape:
-            return np.ascontiguousarray(array[rows])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        where = f"{entry.where}/{name}"
-        raise CheckpointError(f"{root}: {where} is missing or broken ({error}); calibrate again") from error
-    raise CheckpointError(f"{root}: {entry.where}/{name} has shape {found}, its table says {shape}")
 
 
 def _check_sum(root: Path, entry: InputEntry, checksum: int) -> None:

@@ -277,10 +277,10 @@ def test_lost_arrays_and_chunks_are_noticed(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="a/1/hessian is missing or broken"):
         found.moments("a")
     shutil.rmtree(path / "b" / "1" / "hessian" / "c")
-    with pytest.raises(CheckpointError, match=r"is not what calibration wrote|missing in part"):
+    with pytest.raises(CheckpointError, match="b/1/hessian is missing or broken"):
         found.moments("b")
     edited(path, lambda held: held["quantloom_statistics"]["inputs"]["c"].update(width=25))
-    with pytest.raises(CheckpointError, match=r"c/1/mean has shape \(24,\), its table says \(25,\)"):
+    with pytest.raises(CheckpointError, match=r"c/1/mean: has shape \(24,\), the store.s table says \(25,\)"):
         Statistics.open(path).moments("c")
 
 
