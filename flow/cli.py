@@ -18,7 +18,7 @@ from ..formats.registry import FORMATS
 from . import console
 from .calibrate_cli import calibrate
 from .entry import STOPPED, run_command
-from .options import JSON, RUNNING, TALKING, TARGETING, add_options, build_recipe
+from .options import ADAPTING, JSON, RUNNING, TALKING, TARGETING, add_options, build_recipe
 
 if TYPE_CHECKING:
     from .plan import Plan
@@ -31,6 +31,7 @@ Examples:
   quantloom convert model.safetensors out/ --format fp8 --scaling row --exclude 'final_layer'
   quantloom convert model.safetensors out.safetensors --format int8 --rotate hadamard:256
   quantloom convert llama/ out/ --format nvfp4 --rounding calibrated --statistics stats.zarr
+  quantloom convert flux-dev/ out.safetensors --format nvfp4 --lora-rank 32 --lora-target attn
   quantloom plan flux-dev/ --format nvfp4
 """
 
@@ -44,7 +45,7 @@ def cli() -> None:
 @cli.command(epilog=_EPILOG, short_help="Quantize a checkpoint into a file or folder.")
 @click.argument("source")
 @click.argument("destination")
-@add_options(TARGETING, RUNNING, TALKING)
+@add_options(TARGETING, ADAPTING, RUNNING, TALKING)
 def convert(source: str, destination: str, quiet: bool, verbose: int, as_json: bool, **options: Any) -> int:
     """Quantize SOURCE (a .safetensors file, folder, index.json or glob) into DESTINATION.
 
@@ -65,9 +66,10 @@ def convert(source: str, destination: str, quiet: bool, verbose: int, as_json: b
 @cli.command(epilog=_EPILOG, short_help="Show what convert would do, from headers alone.")
 @click.argument("source")
 @click.argument("destination", required=False)
-@add_options(TARGETING, RUNNING, TALKING)
+@add_options(TARGETING, ADAPTING, RUNNING, TALKING)
 def plan(source: str, destination: str | None, quiet: bool, verbose: int, as_json: bool, **options: Any) -> int:
-    """Show what convert would do: every layer's format, why others are kept, bytes, memory, time. Reads headers only.
+    """Show what convert would do: every layer's format, why others are kept, bytes, memory, time. Reads headers only,
+    unless --lora-rank auto or --lora-budget ask for a survey: that quantizes the candidate layers once.
 
     DESTINATION decides how the output is split into files. Without it: one file.
     """

@@ -136,7 +136,8 @@ def print_plan(plan: Plan, budget: Budget, verbose: bool = False) -> None:
     from rich.text import Text
 
     console = stdout()
-    table = _table("layer", ">shape", "becomes", ">before", ">after")
+    adapters = (">adapter",) if plan.adapter else ()
+    table = _table("layer", ">shape", "becomes", ">before", ">after", *adapters)
     most = max(20, console.width // 4)
     for layer in plan.layers:
         shape = layer.layer.weight.shape
@@ -145,7 +146,8 @@ def print_plan(plan: Plan, budget: Budget, verbose: bool = False) -> None:
         kept = shortened(f"kept: {layer.reason}" if layer.reason else "copied", most)
         what = Text(layer.format) if layer.format else Text(kept, "dim")
         sizes = short_size(layer.layer.nbytes), short_size(layer.nbytes_out)
-        table.add_row(Name(layer.layer.name), "x".join(map(str, shape)), what, *sizes)
+        adapter = f"rank {layer.adapter.rank}, {short_size(layer.adapter.nbytes)}" if layer.adapter else ""
+        table.add_row(Name(layer.layer.name), "x".join(map(str, shape)), what, *sizes, *([adapter] if adapters else []))
     console.print(table)
     console.print(_escape(plan.explain(budget.workers)), soft_wrap=True)
     parts = f"{show_size(budget.base)} for the process, {budget.workers} x {show_size(budget.task_bytes)} for tasks"

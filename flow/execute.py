@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from ..formats.errors import SinkError, UsageError, memory_problem
 from ..stages.cancelling import cancel, forget
-from ..stages.work import Receipt
+from ..stages.work import LayerPlan, Receipt
 from .budget import Budget, make_budget
 from .graph import Graph, Key, Results, submission
 from .plan import Plan
@@ -63,21 +63,43 @@ def run_plan(plan: Plan, client: Client | str | None = None, progress: Progress 
     graph, keys = submission(plan.layers, budget.environment)
     _log.info("%d tasks, %d at a time, chunks of %d bytes", len(graph), budget.workers, budget.environment.chunk_bytes)
     receipts: list[Receipt] = []
+    running = closing(_schedule(scheduler, graph, keys, budget))
     try:
-        with open_sink(plan), _torch_threads(), closing(_schedule(scheduler, graph, keys, budget)) as results:
+        with _known_errors(), open_sink(plan, receipts), _torch_threads(), running as results:
             watcher.start(plan, budget)
             for done in results:
                 receipts += done
                 watcher.advance(done)
-    except (OSError, RuntimeError, MemoryError) as error:
-        if (known := _known(error)) is None:
-            raise
-        raise known from error
     finally:
         watcher.stop()
         forget(run_id)
     seconds = time.perf_counter() - began
     return make_report(plan, receipts, seconds, distributed=scheduler not in ("threads", "sync"))
+
+
+def collect(layers: Sequence[LayerPlan], run: Run) -> list[Receipt]:
+    """Receipts of chains that write nothing, on the scheduler of the run. Raises what ``run_plan`` raises."""
+    if run.scheduler in ("threads", "sync"):
+        _check_device(run)
+    run_id = f"look-{time.monotonic_ns()}"
+    budget = make_budget(layers, run, run_id)
+    running = closing(_schedule(run.scheduler, *submission(layers, budget.environment), budget))
+    try:
+        with _known_errors(), _torch_threads(), running as results:
+            return [receipt for done in results for receipt in done]
+    finally:
+        forget(run_id)
+
+
+@contextmanager
+def _known_errors() -> Iterator[None]:
+    """Gives errors of the system and of torch their way out."""
+    try:
+        yield
+    except (OSError, RuntimeError, MemoryError) as error:
+        if (known := _known(error)) is None:
+            raise
+        raise known from error
 
 
 @contextmanager

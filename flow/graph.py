@@ -213,7 +213,7 @@ def make_receipt(work: Work, first: bool) -> Receipt:
     share = (work.rows[1] - work.rows[0]) / max(1, plan.rows)
     return Receipt(
         plan.layer.name, plan.format, round(plan.layer.nbytes * share), round(plan.nbytes_out * share),
-        time.perf_counter() - work.started, work.squared_error, work.squared_weight, first, work.quality,
+        time.perf_counter() - work.started, work.squared_error, work.squared_weight, first, work.quality, work.gain,
     )  # fmt: skip
 
 

@@ -1,11 +1,12 @@
 """``nonfinite="keep"``: which layers hold NaN or Inf must be known before the output is laid out.
 
-This is the one case in which weights are read before the plan is complete: every layer that is to be quantized is
-scanned once.
+Here (and in ``survey``) weights are read before the plan is complete: every layer that is to be quantized is scanned
+once.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from ..stages.quantize import Quantize
@@ -20,12 +21,18 @@ def settle_nonfinite(plan: Plan) -> Plan:
     quantize = next(stage for stage in plan.recipe.stages if isinstance(stage, Quantize))
     if quantize.nonfinite != "keep":
         return plan
+    reasons = nonfinite_layers(plan.quantized)
+    return make_plan(plan.recipe, reasons) if reasons else plan
+
+
+def nonfinite_layers(layers: Sequence[LayerPlan]) -> dict[str, str]:
+    """By name, what is wrong with the weights of those layers that hold NaN or Inf."""
     reasons = {}
-    for layer, (count, first) in zip(plan.quantized, map_layers(_scan, plan.quantized), strict=True):
+    for layer, (count, first) in zip(layers, map_layers(_scan, layers), strict=True):
         if count:
             assert first is not None
             reasons[layer.layer.name] = f"{count} weights are NaN or Inf, the first at {list(first)}"
-    return make_plan(plan.recipe, reasons) if reasons else plan
+    return reasons
 
 
 def _scan(layer: LayerPlan, environment: Environment) -> tuple[int, tuple[int, int] | None]:

@@ -8,7 +8,9 @@ from typing import Any
 
 import click
 
+from ..formats.adapters import ADAPTER_DIALECTS
 from ..formats.registry import FORMATS
+from ..stages.adapter_targeting import METHODS
 from ..stages.stage import make_stage
 from .recipe import DIALECTS, Output, Recipe, Run
 from .sizes import parse_size
@@ -53,6 +55,26 @@ TARGETING: Options = [
                  help="A layer with NaN or Inf: refuse the conversion (default), or keep the layer."),
 ]  # fmt: skip
 
+ADAPTING: Options = [
+    click.option("--lora-rank", metavar="N|auto",
+                 help="Write an error-correction LoRA of this rank beside the output (default 32 with any other --lora "
+                 "option); auto: per layer, from its error."),
+    click.option("--lora-target", metavar="REGEX",
+                 help="Layers that get one. Default: the first blocks' layers that are about square, or attention."),
+    click.option("--lora-depth", type=int, metavar="N", help="Layers of so many first blocks. Default: 1."),
+    click.option("--lora-ar-threshold", type=float, metavar="X",
+                 help="Layers of any name with an aspect ratio below this. Default 0: rules decide."),
+    click.option("--lora-method", metavar="METHOD",
+                 help=f"One of {', '.join(METHODS)}. auto (default): weighted with --statistics, else svd."),
+    click.option("--lora-budget", metavar="SIZE|N%",
+                 help="What all adapters may take, such as 50MB or 2% of the source; they go where they help most."),
+    click.option("--lora-dtype", metavar="DTYPE", help="F32 (default), BF16 or F16."),
+    click.option("--lora-dialect", metavar="NAME",
+                 help=f"Names and layout of the adapter: {', '.join(ADAPTER_DIALECTS)}. Default: comfy."),
+    click.option("--lora-output", "--lora-save-path", "lora_output", metavar="PATH",
+                 help="Where the adapter goes. Default: beside the output, *_lora.safetensors."),
+]  # fmt: skip
+
 RUNNING: Options = [
     click.option("--dialect", default=None, metavar="NAME",
                  help=f"Names and layouts of the output: {', '.join(DIALECTS)}."),
@@ -84,6 +106,7 @@ _QUANTIZE = (
 _OF_ONE_FORMAT = ("scaling", "block_size", "rotate", "input_scale")
 """Settings of a recipe that mean nothing once ``--format`` names another format."""
 _OF_ONE_SCALING = ("block_size", "rotate")
+_LORA = ("rank", "target", "depth", "ar_threshold", "method", "budget", "dtype", "dialect", "output")
 _TARGET = ("preset", "include", "exclude", "fallback", "rules", "heuristics")
 
 
@@ -116,6 +139,8 @@ def build_recipe(source: tuple[str, ...], destination: str, options: dict[str, A
     if "format" not in stages["quantize"]:
         raise click.UsageError(f"--format is missing; known: {', '.join(FORMATS)}")
     stages["target"] = {**stages.get("target", {}), **_given(options, {name: name for name in _TARGET})}
+    if adapter := _adapter(options):
+        stages["lora"] = {**stages.get("lora", {}), **adapter}
     run = {**vars(base.run), **_given(options, {name: name for name in ("workers", "device", "scheduler")})}
     if options.get("memory") is not None:
         run["memory"] = parse_size(options["memory"], "--memory")
@@ -127,6 +152,12 @@ def build_recipe(source: tuple[str, ...], destination: str, options: dict[str, A
     for verb, values in stages.items():
         recipe = recipe.with_stage(make_stage(verb, values))
     return recipe
+
+
+def _adapter(options: dict[str, Any]) -> dict[str, Any]:
+    """Options of the lora stage that were given."""
+    values = _given(options, {f"lora_{name}": name for name in _LORA})
+    return {name: _value(value) if name in ("rank", "budget") else value for name, value in values.items()}
 
 
 def _rounding_options(given: tuple[str, ...]) -> dict[str, Any]:

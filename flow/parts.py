@@ -17,9 +17,11 @@ ROWS_MULTIPLE = 128
 
 
 def split_large(plan: LayerPlan) -> LayerPlan:
-    """The layer with row ranges of at most PART_BYTES, when it is quantized by rows and larger."""
+    """The layer with row ranges of at most PART_BYTES, when it is quantized by rows and larger; one with an
+    adapter stays whole."""
     nbytes = plan.layer.nbytes
-    if not plan.format or nbytes <= PART_BYTES or any(isinstance(step, Solve) for step in plan.steps):
+    whole = plan.adapter is not None or any(isinstance(step, Solve) for step in plan.steps)
+    if not plan.format or nbytes <= PART_BYTES or whole:
         return plan
     multiple = math.lcm(ROWS_MULTIPLE, getattr(plan.steps[0], "multiple", 1))
     count = -(-nbytes // PART_BYTES)

@@ -82,6 +82,10 @@ class Pipeline:
                      rotate: str | None = None, rounding: str = "mse", **options: Any) -> Pipeline:  # fmt: skip
             """Quantizes the chosen layers; see ``quantloom.stages.quantize.Quantize``."""
 
+        def lora(self, *, rank: int | str = 32, target: str | None = None, depth: int = 1, ar_threshold: float = 0.0,
+                 method: str = "auto", budget: int | str | None = None, **options: Any) -> Pipeline:  # fmt: skip
+            """Writes an adapter for what quantization took; see ``quantloom.stages.lora.Lora``."""
+
     def __getattr__(self, verb: str) -> Callable[..., Pipeline]:
         if verb.startswith("_"):
             raise AttributeError(verb)

@@ -21,8 +21,10 @@ from ..formats.shards import Shard, lay_out, stem_of
 from ..formats.source import Source, open_source
 from ..formats.tensors import Slot
 from ..stages.keeping import keep
+from ..stages.lora import Lora
 from ..stages.stage import Context, Stage, make_stage
 from ..stages.work import LayerPlan
+from .adapter import AdapterFile, adapter_of, equipped, lay_out_adapter, refuse_place
 from .budget import Budget
 from .estimate import estimate_seconds
 from .origin import ENTRY
@@ -45,6 +47,8 @@ class Plan:
     notes: tuple[str, ...] = ()
     """What was found and decided, for people."""
     warnings: tuple[str, ...] = ()
+    adapter: AdapterFile | None = None
+    """The adapter that is written beside the output."""
 
     @property
     def output(self) -> Output:
@@ -58,7 +62,7 @@ class Plan:
 
     @property
     def nbytes_out(self) -> int:
-        """Bytes of all output files."""
+        """Bytes of all output files but the adapter's."""
         return sum(shard.size for shard in self.shards)
 
     @cached_property
@@ -82,6 +86,7 @@ class Plan:
                 "name": layer.layer.name, "shape": list(layer.layer.weight.shape), "format": layer.format or None,
                 "rounding": layer.rounding or None,
                 "kept_because": layer.reason or None, "bytes_in": layer.layer.nbytes, "bytes_out": layer.nbytes_out,
+                **adapter_of(layer),
             }
             for layer in self.layers
         ]  # fmt: skip
@@ -92,6 +97,7 @@ class Plan:
             "peak_memory_bytes": budget.peak_bytes, "workers": budget.workers, "memory_budget_bytes": budget.limit,
             "estimated_seconds": estimate_seconds(self.layers, self.recipe.run, budget.workers),
             "formats": dict(self.formats), "kept": dict(self.kept),
+            **({} if self.adapter is None else {"adapter": self.adapter.to_dict()}),
             "notes": list(self.notes), "warnings": list(self.warnings), "layers": layers,
         }  # fmt: skip
 
@@ -107,6 +113,8 @@ class Plan:
             before, after = sum(layer.layer.nbytes for layer in chosen), sum(layer.nbytes_out for layer in chosen)
             sizes = f"{show_size(before)} -> {show_size(after)}"
             lines.append(f"quantize {count(number, 'layer', 5)} to {name}, rounding {by}: {sizes}")
+        if self.adapter is not None:
+            lines.append(f"adapter  {self.adapter}")
         lines += [f"keep     {count(number, 'tensor', 5)}: {reason}" for reason, number in self.kept.most_common()]
         seconds = estimate_seconds(self.layers, self.recipe.run, workers)
         lines.append(f"estimate {show_seconds(seconds) if seconds >= 1 else 'under a second'}")
@@ -123,7 +131,9 @@ class Plan:
 
 
 def make_plan(recipe: Recipe, keep_reasons: Mapping[str, str] | None = None) -> Plan:
-    """Plans a conversion from headers alone. Layers named in ``keep_reasons`` are kept, whatever the stages say.
+    """Plans a conversion from headers alone, but for adapters whose ranks must be surveyed.
+
+    Layers named in ``keep_reasons`` are kept, whatever the stages say.
 
     Raises UsageError for a recipe that cannot mean anything, CheckpointError for a broken source, PlanError for a
     conversion that cannot be done.
@@ -134,6 +144,9 @@ def make_plan(recipe: Recipe, keep_reasons: Mapping[str, str] | None = None) -> 
     layers = [keep(plan.layer, forced[plan.layer.name]) if plan.layer.name in forced else plan for plan in layers]
     if not any(layer.format for layer in layers):
         raise PlanError(f"nothing is left to quantize: all {len(forced)} layers hold NaN or Inf")
+    lora = next((stage for stage in recipe.stages if isinstance(stage, Lora)), None)
+    if lora is not None:
+        layers = equipped(recipe, lora, layers, context)
     digest = _digest(recipe, source, forced)
     metadata = _metadata(recipe, source, layers, digest)
     groups = [layer.outputs for layer in layers]
@@ -142,8 +155,13 @@ def make_plan(recipe: Recipe, keep_reasons: Mapping[str, str] | None = None) -> 
     _refuse_same_file(source, recipe.output, shards)
     slots = {slot.name: slot for shard in shards for slot in shard.slots}
     placed = [split_large(replace(layer, slots=_slots(layer, slots))) for layer in layers]
-    placed = put_together(placed, recipe.run.device)
-    return Plan(recipe, source, tuple(placed), tuple(shards), digest, tuple(context.notes), tuple(context.warnings))
+    placed, adapter = put_together(placed, recipe.run.device), None
+    if lora is not None:
+        placed, adapter = lay_out_adapter(lora, placed, recipe.output, digest)
+    if adapter is not None:
+        refuse_place(adapter, source, recipe.output, shards)
+    said = tuple(context.notes), tuple(context.warnings)
+    return Plan(recipe, source, tuple(placed), tuple(shards), digest, *said, adapter)
 
 
 def plan_layers(recipe: Recipe) -> tuple[Source, list[LayerPlan], Context]:
@@ -223,5 +241,8 @@ def _metadata(recipe: Recipe, source: Source, layers: Sequence[LayerPlan], diges
     entries = {layer.layer.name: layer.entry for layer in layers if layer.entry is not None}
     names = [spec.name for layer in layers for spec in layer.outputs]
     metadata[HEADER_KEY] = header_entry(entries, names)
-    metadata[ENTRY] = json.dumps({"version": __version__, "recipe": {"stages": recipe.identity()}, "plan": digest})
+    made: dict[str, Any] = {"version": __version__, "recipe": {"stages": recipe.identity()}, "plan": digest}
+    if needing := sum(layer.adapter is not None and layer.adapter.method == "svdquant" for layer in layers):
+        made["needs_adapter"] = needing  # so many layers are wrong without it
+    metadata[ENTRY] = json.dumps(made)
     return metadata

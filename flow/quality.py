@@ -64,11 +64,12 @@ def _gain(name: str, pairs: Sequence[tuple[Errors, Errors]]) -> str:
     usable = [(a, b) for a, b in found if a and b and math.isfinite(a) and math.isfinite(b)]
     if not usable:
         return ""
-    stored, nearest = _geometric(a for a, _ in usable), _geometric(b for _, b in usable)
+    stored, nearest = geometric(a for a, _ in usable), geometric(b for _, b in usable)
     layers = f"{len(usable)} layer{'s' if len(usable) != 1 else ''}"
     return f"{_WORDS[name]} {stored:.5f}, nearest rounding {nearest:.5f} ({stored / nearest:.2f}x; {layers})"
 
 
-def _geometric(values: Iterable[float]) -> float:
+def geometric(values: Iterable[float]) -> float:
+    """The geometric mean."""
     logarithms = [math.log(value) for value in values]
     return math.exp(math.fsum(logarithms) / len(logarithms))

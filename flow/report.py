@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..formats.shards import index_file, is_single_file
 from ..stages.work import Receipt
+from .adapter import AdapterFile
+from .adapter_report import GAINS, adapter_lines, gain_dict
 from .plan import Plan
 from .quality import MEASURES, Column, gains, quality_dict
 from .sizes import count, show_seconds, show_size
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
     from rich.table import Table
 
+    from ..stages.extract import AdapterGain
     from ..stages.quality import Quality
 
 WORST_SHOWN = 5
@@ -40,6 +43,8 @@ class LayerReport:
     rounding: str = ""
     quality: Quality | None = None
     """What a method that looks at a whole matrix brought, beside plain rounding."""
+    gain: AdapterGain | None = None
+    """What its adapter brought."""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
@@ -49,6 +54,7 @@ class LayerReport:
             "error": self.error if math.isfinite(self.error) else None,
             "error_sampled": self.quality is None, "seconds": self.seconds,
             **({} if self.quality is None else quality_dict(self.quality)),
+            **({} if self.gain is None else {"adapter": gain_dict(self.gain)}),
         }  # fmt: skip
 
 
@@ -74,6 +80,8 @@ class Report:
     """The store that was used."""
     index: str = ""
     """Path of the index, where ``output`` names no file because it was split into shards beside each other."""
+    adapter: AdapterFile | None = None
+    """The adapter that was written beside the output."""
 
     @property
     def ratio(self) -> float:
@@ -101,6 +109,7 @@ class Report:
             "bytes_in": self.nbytes_in, "bytes_out": self.nbytes_out,
             "ratio": self.ratio, "seconds": self.seconds, "peak_memory_bytes": self.peak_bytes,
             "distributed": self.distributed,
+            **({} if self.adapter is None else {"adapter": self.adapter.to_dict()}),
             "layers": [layer.to_dict() for layer in self.layers], "kept": self.kept,
             "notes": list(self.notes), "warnings": list(self.warnings), "verify": self.verify_command,
         }  # fmt: skip
@@ -111,7 +120,7 @@ class Report:
         def sampled(layer: LayerReport) -> str:
             return "" if layer.quality else f"{layer.error:.5f}"
 
-        columns = (Column("error (sampled)", sampled), *MEASURES)
+        columns = (Column("error (sampled)", sampled), *MEASURES, *GAINS)
         return [column for column in columns if any(column.of(layer) for layer in self.layers)]
 
     def to_json(self) -> str:
@@ -151,6 +160,8 @@ class Report:
             lines.append(f"no better than the rounding they started from, which is kept: {', '.join(unchanged)}")
         if any(layer.quality is None for layer in self.layers):
             lines.append("errors are measured on a sample of rows; `quantloom verify` measures every weight")
+        if self.adapter is not None:
+            lines += adapter_lines(self.adapter, {layer.name: layer.gain for layer in self.layers if layer.gain})
         lines.append(f"check it: {self.verify_command}")
         return "\n".join(lines)
 
@@ -194,13 +205,13 @@ def make_report(plan: Plan, receipts: Sequence[Receipt], seconds: float, distrib
             layer.layer.name, layer.format, layer.layer.nbytes, layer.nbytes_out, sum(part.seconds for part in parts),
             sum(part.squared_error for part in parts), sum(part.squared_weight for part in parts),
         )  # fmt: skip
-        measured = whole.error or 0.0, whole.seconds, layer.rounding, parts[0].quality
+        measured = whole.error or 0.0, whole.seconds, layer.rounding, parts[0].quality, parts[0].gain
         layers.append(LayerReport(whole.name, whole.format, whole.nbytes_in, whole.nbytes_out, *measured))
     index = index_file(plan.shards) if is_single_file(plan.output.path) else None
     return Report(
         plan.recipe.source, plan.output.path, tuple(layers), dict(plan.kept.most_common()),
         plan.nbytes_in, plan.nbytes_out, seconds, peak_memory(), plan.notes, plan.warnings, distributed,
-        plan.recipe.statistics or "", str(index[0]) if index else "",
+        plan.recipe.statistics or "", str(index[0]) if index else "", plan.adapter,
     )  # fmt: skip
 
 

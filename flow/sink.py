@@ -11,16 +11,18 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import takewhile
 from pathlib import Path
 
 from ..formats.errors import CheckpointError, PlanError, SinkError
 from ..formats.fileio import Writer, create_sparse, free_bytes, sync_dir, sync_file
-from ..formats.shards import SUFFIX, index_file, is_single_file, stem_of
+from ..formats.shards import SUFFIX, index_file, is_single_file
+from ..stages.work import Receipt
 from ..stages.writing import PART_SUFFIX
 from .commit import PREVIOUS_SUFFIX, check_unchanged, exchange, hold, part
+from .output_files import final_paths, folder_of, folders_of, leftovers, locks_of, sidecars_of, stale_files
 from .plan import Plan
 from .sizes import show_size
 
@@ -34,8 +36,9 @@ def check_output(plan: Plan) -> None:
     try:
         _check_kind(plan, output)
         _check_existing(plan, output)
-        folder = _folder(plan)
+        folder = folder_of(plan)
         free, needed = free_bytes(folder), plan.nbytes_out + _sidecar_bytes(plan) + _SPARE_BYTES
+        needed += 0 if plan.adapter is None else plan.adapter.nbytes  # counted here wherever it lies
     except OSError as error:
         raise SinkError(f"{error.filename or output}: cannot be looked at: {error.strerror or error}") from error
     if needed > free:
@@ -46,17 +49,21 @@ def check_output(plan: Plan) -> None:
 
 
 @contextlib.contextmanager
-def open_sink(plan: Plan) -> Iterator[None]:
-    """Parts for the time of the block: its end makes them the output, an exception removes them."""
+def open_sink(plan: Plan, receipts: Sequence[Receipt] = ()) -> Iterator[None]:
+    """Parts for the time of the block: its end makes them the output, an exception removes them.
+
+    ``receipts`` are looked at when the block ends: the adapter's header tells what it brought.
+    """
     folders = _make_folders(plan)
     try:
-        with hold(_locks(plan)):
+        with hold(locks_of(plan)):
             try:
                 _create_parts(plan)
                 yield
+                _finish_adapter(plan, receipts)
                 _commit(plan)
             except BaseException:
-                for path in _final_paths(plan):
+                for path in final_paths(plan):
                     with contextlib.suppress(OSError):
                         if stat.S_ISREG(part(path).lstat().st_mode):  # what else stood there was refused, and stays
                             part(path).unlink()
@@ -72,7 +79,7 @@ _OTHER_ENDINGS = (".safetensor", ".sft", ".st", ".pt", ".pth", ".bin", ".ckpt", 
 
 
 def _check_kind(plan: Plan, output: Path) -> None:
-    for place in (_folder(plan), *_folder(plan).parents):
+    for place in {place for folder in folders_of(plan) for place in (folder, *folder.parents)}:
         if place.is_symlink() and not place.exists():
             raise PlanError(f"{place}: is a link to {os.readlink(place)}, which does not exist")
     if output.suffix.lower() in (*_OTHER_ENDINGS, SUFFIX) and output.suffix != SUFFIX and not output.is_dir():
@@ -81,14 +88,14 @@ def _check_kind(plan: Plan, output: Path) -> None:
         raise PlanError(f"{output}: is a folder; name a file, or a folder without the ending {SUFFIX}")
     if not is_single_file(plan.output.path) and output.is_file():
         raise PlanError(f"{output}: is a file; for one file as output, let the name end in {SUFFIX}")
-    for path in _final_paths(plan):
+    for path in final_paths(plan):
         if path.is_dir():
             raise PlanError(f"{path}: is a folder where a file of the output belongs; write somewhere else")
 
 
 def _check_existing(plan: Plan, output: Path) -> None:
     """A file that would be replaced needs ``overwrite``; one that would mix with the output is refused."""
-    if waiting := _own(plan, PREVIOUS_SUFFIX):
+    if waiting := leftovers(plan, PREVIOUS_SUFFIX):
         old, name = waiting[0], waiting[0].name.removesuffix(PREVIOUS_SUFFIX)
         held = "a new one is there already" if os.path.lexists(old.with_name(name)) else f"{name} is missing"
         raise PlanError(
@@ -96,12 +103,12 @@ def _check_existing(plan: Plan, output: Path) -> None:
             "delete it"
         )
     if not plan.output.overwrite:
-        existing = [path for path in [*_final_paths(plan), *_stale(plan)] if os.path.lexists(path)]
+        existing = [path for path in [*final_paths(plan), *stale_files(plan)] if os.path.lexists(path)]
         if existing:
             raise PlanError(f"{existing[0]}: exists already; pass --overwrite to replace it, or write somewhere else")
     if is_single_file(plan.output.path) or not output.is_dir():
         return
-    known = {path.name for path in [*_final_paths(plan), *_stale(plan)]}
+    known = {path.name for path in [*final_paths(plan), *stale_files(plan)]}
     if others := sorted(path.name for path in output.glob(f"*{SUFFIX}") if path.name not in known):
         raise PlanError(
             f"{output}: holds {others[0]}, which whoever reads this folder would take for a part of the model; "
@@ -110,127 +117,73 @@ def _check_existing(plan: Plan, output: Path) -> None:
 
 
 def _make_folders(plan: Plan) -> list[Path]:
-    """Creates the folder of the output; returns what had to be made, innermost first."""
-    folder = _folder(plan)
-    missing = []
-    try:
-        for place in (folder, *folder.parents):
-            if place.exists():
-                break
-            missing.append(place)
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SinkError(f"{folder}: cannot create the folder: {error.strerror}") from error
+    """Creates the folders of output and adapter; returns what had to be made, innermost first."""
+    missing: list[Path] = []
+    for folder in folders_of(plan):
+        try:
+            new = list(takewhile(lambda place: not place.exists(), (folder, *folder.parents)))
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            for place in missing:
+                with contextlib.suppress(OSError):
+                    place.rmdir()
+            raise SinkError(f"{folder}: cannot create the folder: {error.strerror}") from error
+        missing = [*new, *missing]
     return missing
 
 
 def _create_parts(plan: Plan) -> None:
     """Shards with their headers and all tensors whose bytes are known already."""
-    for shard in plan.shards:
+    for shard in (*plan.shards, *([] if plan.adapter is None else [plan.adapter.shard])):
         create_sparse(part(Path(shard.path)), shard.size, shard.head)
     known: dict[str, list[tuple[int, bytes]]] = {}
     for layer in plan.layers:
         slots = {slot.name: slot for slot in layer.slots}
         for spec, content in layer.constants:
             known.setdefault(slots[spec.name].path, []).append((slots[spec.name].start, content))
+        if layer.adapter is not None and layer.adapter.tensors is not None:
+            own = {slot.name: slot for slot in layer.adapter.slots}
+            for spec, content in layer.adapter.tensors.constants:
+                known.setdefault(own[spec.name].path, []).append((own[spec.name].start, content))
     for path, contents in known.items():  # one file at a time: there may be more shards than descriptors
         with Writer(path + PART_SUFFIX) as writer:
             for start, content in contents:
                 writer.write(content, start)
 
 
+def _finish_adapter(plan: Plan, receipts: Sequence[Receipt]) -> None:
+    """The adapter's header with errors before and after, and its configuration."""
+    if plan.adapter is None:
+        return
+    gains = {receipt.name: receipt.gain for receipt in receipts if receipt.gain is not None}
+    with Writer(part(Path(plan.adapter.shard.path))) as writer:
+        writer.write(plan.adapter.head(gains), 0)
+    if plan.adapter.config is not None:
+        _write_part(plan.adapter.files[1], plan.adapter.config)
+
+
 def _commit(plan: Plan) -> None:
     """Makes the output real: everything is on the device before the first name changes."""
-    for source, target in _sidecars(plan):
+    for source, target in sidecars_of(plan):
         _write_part(target, _sidecar_content(plan, source))
     if (index := index_file(plan.shards)) is not None:
         _write_part(*index)
-    paths = _final_paths(plan)
+    paths = final_paths(plan)
     for path in paths:
         sync_file(part(path))
     check_unchanged(plan.source)
     if not plan.output.overwrite and (found := [path for path in paths if os.path.lexists(path)]):
         raise SinkError(f"{found[0]}: appeared while the conversion ran; nothing was written; write somewhere else")
-    exchange(paths, _stale(plan))
-    for path in _own(plan, PART_SUFFIX):  # of a run that was killed
+    exchange(paths, stale_files(plan))
+    for path in leftovers(plan, PART_SUFFIX):  # of a run that was killed
         with contextlib.suppress(OSError):
             path.unlink()
-    sync_dir(_folder(plan))
-
-
-def _folder(plan: Plan) -> Path:
-    output = Path(plan.output.path)
-    return output.parent if is_single_file(plan.output.path) else output
-
-
-def _final_paths(plan: Plan) -> list[Path]:
-    """Everything that the commit creates, in the order in which it appears."""
-    index = index_file(plan.shards)
-    shards = [Path(shard.path) for shard in plan.shards]
-    return [*shards, *(target for _, target in _sidecars(plan)), *([index[0]] if index else [])]
-
-
-def _stale(plan: Plan) -> list[Path]:
-    """Files of an earlier output of the same name that the new one does not replace; never a file of the source.
-
-    In a folder these are all shards and the index of the same stem; beside a single file only shards that its index
-    names, and only when the output is in shards again: ``flux-00001-of-00003`` beside ``flux`` may be another model.
-    """
-    folder, single = _folder(plan), is_single_file(plan.output.path)
-    if not folder.is_dir() or (single and plan.output.shard_bytes is None):
-        return []
-    stem = _stem(plan)
-    index = folder / f"{stem}{SUFFIX}.index.json"
-    found = {index.name, *_shards_of(index)}
-    if not single:
-        pattern = re.compile(re.escape(stem) + r"(-\d{5}-of-\d{5})?" + re.escape(SUFFIX))
-        found |= {path.name for path in folder.iterdir() if pattern.fullmatch(path.name)}
-    kept = {path.name for path in _final_paths(plan)}
-    sources = {path.resolve() for path in plan.source.files}
-    paths = [folder / name for name in sorted(found - kept)]
-    return [path for path in paths if os.path.lexists(path) and not path.is_dir() and path.resolve() not in sources]
-
-
-def _own(plan: Plan, ending: str) -> list[Path]:
-    """Files named as this output's are, in any number of shards, with an ending after it."""
-    folder = _folder(plan)
-    if not folder.is_dir():
-        return []
-    pattern = re.compile(re.escape(_stem(plan)) + rf"(-\d{{5}}-of-\d{{5}})?{SUFFIX}(\.index\.json)?{ending}")
-    names = {target.name + ending for _, target in _sidecars(plan)}
-    return sorted(path for path in folder.iterdir() if pattern.fullmatch(path.name) or path.name in names)
-
-
-def _locks(plan: Plan) -> list[Path]:
-    """A folder's own, and that of the single file whose parts would have the same names."""
-    folder = _folder(plan)
-    file = folder / f"{_stem(plan)}{SUFFIX}.lock"
-    return [file] if is_single_file(plan.output.path) else [folder / ".quantloom.lock", file]
-
-
-def _stem(plan: Plan) -> str:
-    single = is_single_file(plan.output.path)
-    return Path(plan.output.path).name.removesuffix(SUFFIX) if single else stem_of(plan.source.files)
-
-
-def _shards_of(index: Path) -> set[str]:
-    """Shards that an index names beside itself; none when it cannot be read."""
-    try:
-        names = json.loads(index.read_text())["weight_map"].values()
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
-        return set()
-    return {name for name in names if isinstance(name, str) and Path(name).name == name and name.endswith(SUFFIX)}
-
-
-def _sidecars(plan: Plan) -> list[tuple[Path, Path]]:
-    """(source, target) of configuration and tokenizer files, for a folder output."""
-    if is_single_file(plan.output.path):
-        return []
-    return [(path, _folder(plan) / path.name) for path in plan.source.sidecars]
+    for folder in folders_of(plan):
+        sync_dir(folder)
 
 
 def _sidecar_bytes(plan: Plan) -> int:
-    return sum(source.stat().st_size for source, _ in _sidecars(plan))
+    return sum(source.stat().st_size for source, _ in sidecars_of(plan))
 
 
 def _sidecar_content(plan: Plan, path: Path) -> bytes:

@@ -20,7 +20,7 @@ class FormatInfo:
 
     name: str
     factory: str
-    """``module:class`` of the Format, below this package."""
+    """``module:class`` of the Format, below this package (of a format of another package: the module's full name)."""
     scalings: tuple[str, ...]
     """Scalings that it offers, default first."""
     bits: float
@@ -45,6 +45,19 @@ _ALL = (
 )  # fmt: skip
 
 FORMATS: dict[str, FormatInfo] = {info.name: info for info in _ALL}
+
+_OWN = frozenset(FORMATS)
+"""Formats whose modules lie in this package."""
+
+
+def register_format(info: FormatInfo) -> None:
+    """Adds a format of another package. Each process that converts calls it, workers of a cluster too.
+
+    Raises UsageError for a name that is taken.
+    """
+    if info.name in FORMATS:
+        raise UsageError(f"format {info.name!r}: this name is taken")
+    FORMATS[info.name] = info
 
 
 def format_info(name: str) -> FormatInfo:
@@ -75,5 +88,6 @@ def make_format(name: str, scaling: str | None = None, block_size: int | None = 
         if size < 1:
             raise UsageError(f"block size {size} of {name} must be at least 1")
     module, cls = info.factory.split(":")
-    built: Format = getattr(import_module(f".{module}", __package__), cls)(name, chosen, size)
+    holder = import_module(f".{module}" if name in _OWN else module, __package__)
+    built: Format = getattr(holder, cls)(name, chosen, size)
     return built

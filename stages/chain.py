@@ -76,4 +76,5 @@ def quantized(plan: LayerPlan, choice: Choice) -> LayerPlan:
         plan, layer=layer, steps=(*steps, Write()), outputs=outputs, constants=stored.constants,
         entry=dict(stored.marker), format=choice.words, reason="", settings=None, rounding=choice.rounding,
         affinity="" if method is None or choice.inputs is None else choice.inputs.shared,
+        inputs=choice.inputs,
     )  # fmt: skip

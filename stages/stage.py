@@ -15,10 +15,26 @@ if TYPE_CHECKING:
 _STAGES: dict[str, str] = {
     "target": "target:Target",
     "quantize": "quantize:Quantize",
+    "lora": "lora:Lora",
 }
 """verb -> ``module:class``, in the order in which they plan."""
 
-VERBS = tuple(_STAGES)
+VERBS = list(_STAGES)
+
+_OWN = frozenset(_STAGES)
+"""Verbs whose modules lie in this package."""
+
+
+def register_stage(verb: str, where: str) -> None:
+    """Makes ``where``, ``full.module.name:Class``, the stage behind a new verb; it plans after all others.
+
+    For stages of other packages. Each process that builds recipes calls it; those that only run steps need not.
+    Raises UsageError for a verb that is taken or is no name.
+    """
+    if verb in _STAGES or not verb.isidentifier():
+        raise UsageError(f"stage {shown(verb)}: {'this verb is taken' if verb in _STAGES else 'a verb is one word'}")
+    _STAGES[verb] = where
+    VERBS.append(verb)
 
 
 @dataclass
@@ -50,7 +66,7 @@ def stage_class(verb: str) -> type[Any]:
     if not isinstance(verb, str) or verb not in _STAGES:
         raise UsageError(f"unknown stage {shown(verb)}{did_you_mean(str(verb), _STAGES)}")
     module, name = _STAGES[verb].split(":")
-    cls: type[Any] = getattr(import_module(f".{module}", __package__), name)
+    cls: type[Any] = getattr(import_module(f".{module}" if verb in _OWN else module, __package__), name)
     return cls
 
 

@@ -14,10 +14,16 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     import torch
 
+    from ..formats.adapters import AdapterTensors
     from ..formats.format import Scales
     from ..formats.layers import Layer
     from ..formats.tensors import Slot, TensorSpec
+    from .extract import AdapterGain
+    from .inputs import Inputs
     from .quality import Quality
+
+ADAPTER = "\0adapter "
+"""Begins the slot names of an adapter: its file may use names that the output has too."""
 
 
 @dataclass
@@ -76,6 +82,32 @@ class Settings:
 
 
 @dataclass(frozen=True)
+class AdapterPlan:
+    """The adapter that a layer gets."""
+
+    method: str
+    """svd, weighted or svdquant."""
+    rank: int = 0
+    """0: not decided yet, the layer is a candidate."""
+    tensors: AdapterTensors | None = None
+    """How it is stored."""
+    slots: tuple[Slot, ...] = ()
+    """Places of its tensors in the adapter's file."""
+
+    @property
+    def specs(self) -> tuple[TensorSpec, ...]:
+        """Every tensor that is stored for it."""
+        if self.tensors is None:
+            return ()
+        return (self.tensors.up, self.tensors.down, *(spec for spec, _ in self.tensors.constants))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors, padding included."""
+        return sum(spec.nbytes for spec in self.specs)
+
+
+@dataclass(frozen=True)
 class LayerPlan:
     """Everything that will happen to one layer, before any weight is read."""
 
@@ -104,6 +136,9 @@ class LayerPlan:
     """Layers of equal affinity run in one task, one after the other: they share what is costly to load."""
     together: tuple[tuple[str, int], ...] = ()
     """Name and rows of each layer that is solved in one with this one, itself included; empty for a layer alone."""
+    inputs: Inputs | None = None
+    """Statistics of a quantized layer's inputs, where there are any."""
+    adapter: AdapterPlan | None = None
 
     @property
     def rows(self) -> int:
@@ -136,6 +171,8 @@ class Work:
     """Sums over the sampled rows, in float64."""
     quality: Quality | None = None
     """What a rounding method brought."""
+    gain: AdapterGain | None = None
+    """What the layer's adapter brought."""
     projection: torch.Tensor | None = None
     """Float32 (rows of the layer,): original weights times the mean input, where the bias is corrected."""
     started: float = 0.0
@@ -162,6 +199,8 @@ class Receipt:
     """Whether this is the layer's first (or only) row range."""
     quality: Quality | None = None
     """What a rounding method brought."""
+    gain: AdapterGain | None = None
+    """What the layer's adapter brought."""
 
     @property
     def error(self) -> float | None:

@@ -11,7 +11,7 @@ import torch
 from ..formats.fileio import Writer
 from ..formats.tensors import torch_dtype
 from .reading import chunk_elements
-from .work import Chunk, Environment, LayerPlan, Work
+from .work import ADAPTER, Chunk, Environment, LayerPlan, Work
 
 PART_SUFFIX = ".part"
 """A shard has this at the end of its name until it is complete."""
@@ -55,6 +55,8 @@ class Write:
 
     def run(self, work: Work) -> Work:
         slots = {slot.name: slot for slot in work.plan.slots}
+        if work.plan.adapter is not None:
+            slots |= {ADAPTER + slot.name: slot for slot in work.plan.adapter.slots}
         with ExitStack() as stack:
             writers: dict[str, Writer] = {}
             for chunk in work.chunks():

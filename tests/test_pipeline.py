@@ -73,7 +73,7 @@ def test_dir_lists_the_verbs() -> None:
     ("call", "words"),
     [
         (lambda p: p.quantise("fp8"), "no verb 'quantise'; did you mean 'quantize'?"),
-        (lambda p: p.xyz(), "no verb 'xyz'; known: read, target, quantize, write"),
+        (lambda p: p.xyz(), "no verb 'xyz'; known: read, target, quantize, lora, write"),
     ],
 )
 def test_unknown_verbs_are_attribute_errors(call: Any, words: str) -> None:
