@@ -30,4 +30,4 @@ $(READY): pyproject.toml constraints.txt $(wildcard formats/*.py stages/*.py sta
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) build dist demo-output example-output .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
