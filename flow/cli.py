@@ -1,5 +1,4 @@
-"""The command line: ``quantloom convert``, ``plan``, ``inspect``, ``verify``, ``formats``, ``roundings``,
-``calibrate``.
+"""The command line: ``quantloom convert`` and its siblings. Commands that are one stage have a module each.
 
 Heavy modules are imported where they are needed: help is quick.
 """
@@ -8,20 +7,18 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import click
 
 from .. import __version__
-from ..formats.errors import QuantloomError
 from ..formats.registry import FORMATS
 from . import console
 from .calibrate_cli import calibrate
+from .dequantize_cli import dequantize
 from .entry import STOPPED, run_command
 from .options import ADAPTING, JSON, RUNNING, TALKING, TARGETING, add_options, build_recipe
-
-if TYPE_CHECKING:
-    from .plan import Plan
+from .running import run, show
 
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
@@ -46,18 +43,15 @@ def cli() -> None:
 @click.argument("source")
 @click.argument("destination")
 @add_options(TARGETING, ADAPTING, RUNNING, TALKING)
-def convert(source: str, destination: str, quiet: bool, verbose: int, as_json: bool, **options: Any) -> int:
+def convert(source: str, destination: str, **options: Any) -> int:
     """Quantize SOURCE (a .safetensors file, folder, index.json or glob) into DESTINATION.
 
     DESTINATION is one file if it ends in .safetensors, otherwise a folder with shards, index and configuration.
     """
 
     def action() -> int:
-        from .pipeline import Flow
-
-        console.setup_logging(-1 if quiet else verbose)
-        flow = Flow(build_recipe((source,), destination, options))
-        console.run_flow(flow, quiet or as_json, as_json)
+        console.setup_logging(-1 if options["quiet"] else options["verbose"])
+        run(build_recipe((source,), destination, options), options)
         return 0
 
     return console.guarded(action, STOPPED)
@@ -67,7 +61,7 @@ def convert(source: str, destination: str, quiet: bool, verbose: int, as_json: b
 @click.argument("source")
 @click.argument("destination", required=False)
 @add_options(TARGETING, ADAPTING, RUNNING, TALKING)
-def plan(source: str, destination: str | None, quiet: bool, verbose: int, as_json: bool, **options: Any) -> int:
+def plan(source: str, destination: str | None, **options: Any) -> int:
     """Show what convert would do: every layer's format, why others are kept, bytes, memory, time. Reads headers only,
     unless --lora-rank auto or --lora-budget ask for a survey: that quantizes the candidate layers once.
 
@@ -75,35 +69,12 @@ def plan(source: str, destination: str | None, quiet: bool, verbose: int, as_jso
     """
 
     def action() -> int:
-        from .budget import make_budget
-        from .plan import make_plan
-
-        console.setup_logging(-1 if quiet else verbose)
+        console.setup_logging(-1 if options["quiet"] else options["verbose"])
         recipe = build_recipe((source,), destination or _unused_name(), options)
-        made = make_plan(recipe)
-        budget = make_budget(made.layers, recipe.run, "")
-        if destination:
-            made = _with_refusal(made)
-        if as_json:
-            console.print_json(made.to_dict(budget))
-        elif not quiet:
-            console.print_plan(made, budget, verbose > 0)
+        show(recipe, options, named=destination is not None)
         return 0
 
     return console.guarded(action)
-
-
-def _with_refusal(made: Plan) -> Plan:
-    """The plan with a warning where convert would not even start: the output exists, the disk is too small."""
-    from dataclasses import replace
-
-    from .sink import check_output
-
-    try:
-        check_output(made)
-    except QuantloomError as error:
-        return replace(made, warnings=(*made.warnings, f"convert would refuse: {error}"))
-    return made
 
 
 def _unused_name() -> str:
@@ -114,7 +85,8 @@ def _unused_name() -> str:
     return name
 
 
-cli.add_command(calibrate)
+for command in (calibrate, dequantize):
+    cli.add_command(command)
 
 
 @cli.command(short_help="Show what a checkpoint holds.")

@@ -144,7 +144,7 @@ def print_plan(plan: Plan, budget: Budget, verbose: bool = False) -> None:
         if not verbose and not layer.format and not (layer.reason and len(shape) == 2):
             continue
         kept = shortened(f"kept: {layer.reason}" if layer.reason else "copied", most)
-        what = Text(layer.format) if layer.format else Text(kept, "dim")
+        what = Text(layer.format or layer.change) if layer.format or layer.change else Text(kept, "dim")
         sizes = short_size(layer.layer.nbytes), short_size(layer.nbytes_out)
         adapter = f"rank {layer.adapter.rank}, {short_size(layer.adapter.nbytes)}" if layer.adapter else ""
         table.add_row(Name(layer.layer.name), "x".join(map(str, shape)), what, *sizes, *([adapter] if adapters else []))

@@ -75,9 +75,7 @@ ADAPTING: Options = [
                  help="Where the adapter goes. Default: beside the output, *_lora.safetensors."),
 ]  # fmt: skip
 
-RUNNING: Options = [
-    click.option("--dialect", default=None, metavar="NAME",
-                 help=f"Names and layouts of the output: {', '.join(DIALECTS)}."),
+WRITING: Options = [
     click.option("--shard-size", metavar="SIZE", help="Largest output file, such as 5GB (the default for a folder)."),
     click.option("--memory", metavar="SIZE",
                  help="What the process may use, such as 8GB. Default: half of what is free."),
@@ -86,10 +84,18 @@ RUNNING: Options = [
     click.option("--device", metavar="DEVICE", help="cpu (default), cuda or cuda:0."),
     click.option("--scheduler", metavar="NAME|ADDRESS",
                  help="threads (default), sync, distributed, or a Dask scheduler such as tcp://host:8786."),
-    click.option("--recipe", "recipe_file", metavar="FILE", help="Start from a JSON recipe; options given here win."),
     click.option("--overwrite/--no-overwrite", default=None,
                  help="Replace an existing output, once the new one is complete."),
 ]  # fmt: skip
+
+RUNNING: Options = [
+    click.option("--dialect", default=None, metavar="NAME",
+                 help=f"Names and layouts of the output: {', '.join(DIALECTS)}."),
+    *WRITING,
+    click.option("--recipe", "recipe_file", metavar="FILE", help="Start from a JSON recipe; options given here win."),
+]  # fmt: skip
+
+DRY_RUN = click.option("--dry-run", is_flag=True, help="Show what would be done, from headers alone; write nothing.")
 
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 
@@ -141,6 +147,21 @@ def build_recipe(source: tuple[str, ...], destination: str, options: dict[str, A
     stages["target"] = {**stages.get("target", {}), **_given(options, {name: name for name in _TARGET})}
     if adapter := _adapter(options):
         stages["lora"] = {**stages.get("lora", {}), **adapter}
+    return _with_stages(base, source, destination, stages, options)
+
+
+def one_stage_recipe(
+    verb: str, values: dict[str, Any], source: str, destination: str, options: dict[str, Any]
+) -> Recipe:
+    """The recipe of a command that is one stage: ``values`` are the stage's options, None where one was not given."""
+    given = {name: value for name, value in values.items() if value is not None}
+    return _with_stages(Recipe(), (source,), destination, {verb: given}, options)
+
+
+def _with_stages(
+    base: Recipe, source: tuple[str, ...], destination: str, stages: dict[str, Any], options: dict[str, Any]
+) -> Recipe:
+    """``base`` with other stages and what the options say of output and run."""
     run = {**vars(base.run), **_given(options, {name: name for name in ("workers", "device", "scheduler")})}
     if options.get("memory") is not None:
         run["memory"] = parse_size(options["memory"], "--memory")

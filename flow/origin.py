@@ -1,4 +1,4 @@
-"""How an output says that it was made: the recipe in its header."""
+"""How an output says how it was made: its header entries, and reading them again."""
 
 from __future__ import annotations
 
@@ -8,13 +8,35 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .. import __version__
+from ..formats.comfy import HEADER_KEY, header_entry
 from ..formats.errors import UsageError
 from ..formats.source import Source
 from ..stages.methods import BY_ROWS
 from ..stages.presets import find_preset
+from ..stages.work import LayerPlan
+from .recipe import Recipe
 
 ENTRY = "quantloom"
 """Header entry with version, recipe and plan digest."""
+
+
+def header_entries(recipe: Recipe, source: Source, layers: Sequence[LayerPlan], digest: str) -> dict[str, str]:
+    """``__metadata__`` of the output: the original entries, the dialect's where layers are quantized, and what made
+    the file. What only changes the stored form of a quantized source is noted behind what made that."""
+    metadata = {key: value for key, value in source.metadata.items() if key not in (HEADER_KEY, ENTRY)}
+    entries = {layer.layer.name: layer.entry for layer in layers if layer.entry is not None}
+    if entries:
+        names = [spec.name for layer in layers for spec in layer.outputs]
+        metadata[HEADER_KEY] = header_entry(entries, names)
+    stages = recipe.identity()
+    if all(stage.verb != "quantize" for stage in recipe.stages):
+        stages = [*Origin.of(source).stages.values(), *stages]
+    made: dict[str, Any] = {"version": __version__, "recipe": {"stages": stages}, "plan": digest}
+    if needing := sum(layer.adapter is not None and layer.adapter.method == "svdquant" for layer in layers):
+        made["needs_adapter"] = needing  # so many layers are wrong without it
+    metadata[ENTRY] = json.dumps(made)
+    return metadata
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,7 @@ from functools import cached_property
 from typing import Any
 
 from .. import __version__
-from ..formats.comfy import HEADER_KEY, header_entry
-from ..formats.errors import CheckpointError, PlanError, UsageError
+from ..formats.errors import CheckpointError, PlanError, UsageError, listed
 from ..formats.fileio import same_file
 from ..formats.layers import Layer, group_layers
 from ..formats.shards import Shard, lay_out, stem_of
@@ -27,7 +26,7 @@ from ..stages.work import LayerPlan
 from .adapter import AdapterFile, adapter_of, equipped, lay_out_adapter, refuse_place
 from .budget import Budget
 from .estimate import estimate_seconds
-from .origin import ENTRY
+from .origin import header_entries
 from .parts import split_large
 from .recipe import Output, Recipe
 from .sizes import count, show_seconds, show_size
@@ -49,6 +48,8 @@ class Plan:
     warnings: tuple[str, ...] = ()
     adapter: AdapterFile | None = None
     """The adapter that is written beside the output."""
+    verbatim: bool = False
+    """Whether configuration files are copied as they are: a stage only edited."""
 
     @property
     def output(self) -> Output:
@@ -79,13 +80,19 @@ class Plan:
         """Number of kept tensors per reason; tensors that could never be quantized (biases, norms) are not named."""
         return Counter(layer.reason for layer in self.layers if not layer.format and layer.reason)
 
+    @cached_property
+    def changed(self) -> Counter[str]:
+        """Number of layers per change that is no quantization."""
+        return Counter(layer.change for layer in self.layers if layer.change)
+
     def to_dict(self, budget: Budget) -> dict[str, Any]:
         """JSON values, every layer included."""
         layers = [
             {
                 "name": layer.layer.name, "shape": list(layer.layer.weight.shape), "format": layer.format or None,
                 "rounding": layer.rounding or None,
-                "kept_because": layer.reason or None, "bytes_in": layer.layer.nbytes, "bytes_out": layer.nbytes_out,
+                "kept_because": layer.reason or None, "change": layer.change or None,
+                "bytes_in": layer.layer.nbytes, "bytes_out": layer.nbytes_out,
                 **adapter_of(layer),
             }
             for layer in self.layers
@@ -96,7 +103,7 @@ class Plan:
             "files": [{"path": shard.path, "bytes": shard.size} for shard in self.shards],
             "peak_memory_bytes": budget.peak_bytes, "workers": budget.workers, "memory_budget_bytes": budget.limit,
             "estimated_seconds": estimate_seconds(self.layers, self.recipe.run, budget.workers),
-            "formats": dict(self.formats), "kept": dict(self.kept),
+            "formats": dict(self.formats), "changed": dict(self.changed), "kept": dict(self.kept),
             **({} if self.adapter is None else {"adapter": self.adapter.to_dict()}),
             "notes": list(self.notes), "warnings": list(self.warnings), "layers": layers,
         }  # fmt: skip
@@ -115,6 +122,7 @@ class Plan:
             lines.append(f"quantize {count(number, 'layer', 5)} to {name}, rounding {by}: {sizes}")
         if self.adapter is not None:
             lines.append(f"adapter  {self.adapter}")
+        lines += [f"change   {count(number, 'layer', 5)}: {what}" for what, number in self.changed.most_common()]
         lines += [f"keep     {count(number, 'tensor', 5)}: {reason}" for reason, number in self.kept.most_common()]
         seconds = estimate_seconds(self.layers, self.recipe.run, workers)
         lines.append(f"estimate {show_seconds(seconds) if seconds >= 1 else 'under a second'}")
@@ -123,7 +131,8 @@ class Plan:
 
     def __repr__(self) -> str:
         sizes = f"{show_size(self.nbytes_in)} -> {show_size(self.nbytes_out)}"
-        numbers = f"{len(self.quantized)} of {count(len(self.layers), 'tensor')} quantized"
+        done = f"{self.changed.total()} changed" if self.changed else f"{len(self.quantized)} quantized"
+        numbers = f"{done} of {count(len(self.layers), 'tensor')}"
         return f"Plan({', '.join(self.recipe.source)!r} -> {self.output.path!r}: {numbers}, {sizes})"
 
     def _repr_html_(self) -> str:
@@ -142,13 +151,13 @@ def make_plan(recipe: Recipe, keep_reasons: Mapping[str, str] | None = None) -> 
     assert recipe.output is not None
     forced = keep_reasons or {}
     layers = [keep(plan.layer, forced[plan.layer.name]) if plan.layer.name in forced else plan for plan in layers]
-    if not any(layer.format for layer in layers):
+    if forced and not any(layer.format for layer in layers):
         raise PlanError(f"nothing is left to quantize: all {len(forced)} layers hold NaN or Inf")
     lora = next((stage for stage in recipe.stages if isinstance(stage, Lora)), None)
     if lora is not None:
         layers = equipped(recipe, lora, layers, context)
     digest = _digest(recipe, source, forced)
-    metadata = _metadata(recipe, source, layers, digest)
+    metadata = header_entries(recipe, source, layers, digest) if context.metadata is None else context.metadata
     groups = [layer.outputs for layer in layers]
     stem = stem_of(source.files)
     shards = lay_out(groups, recipe.output.path, recipe.output.shard_bytes, metadata, stem)
@@ -161,7 +170,7 @@ def make_plan(recipe: Recipe, keep_reasons: Mapping[str, str] | None = None) -> 
     if adapter is not None:
         refuse_place(adapter, source, recipe.output, shards)
     said = tuple(context.notes), tuple(context.warnings)
-    return Plan(recipe, source, tuple(placed), tuple(shards), digest, *said, adapter)
+    return Plan(recipe, source, tuple(placed), tuple(shards), digest, *said, adapter, context.metadata is not None)
 
 
 def plan_layers(recipe: Recipe) -> tuple[Source, list[LayerPlan], Context]:
@@ -170,11 +179,15 @@ def plan_layers(recipe: Recipe) -> tuple[Source, list[LayerPlan], Context]:
         raise UsageError("nothing to read: name a checkpoint with .read(path)")
     if recipe.output is None:
         raise UsageError("nowhere to write: name an output with .write(path)")
-    if not any(stage.verb == "quantize" for stage in recipe.stages):
+    if all(stage.verb == "target" for stage in recipe.stages):
         raise UsageError("nothing to do: name a format with .quantize('mxfp8')")
+    if alone := next((stage.verb for stage in recipe.stages if getattr(stage, "alone", False)), None):
+        others = [stage.verb for stage in recipe.stages if stage.verb != alone]
+        if others:
+            raise UsageError(f"{alone} stands alone: leave {listed(others)} out, or run it on the result of the other")
     where = recipe.source[0] if len(recipe.source) == 1 else list(recipe.source)
     source = open_source(where)
-    context = Context()
+    context = Context(source)
     found = group_layers(source)
     _refuse_shared_names(found)
     layers = [keep(layer, layer.problem or "") for layer in found]  # a stage that touches a layer gives its own reason
@@ -201,8 +214,9 @@ def _refuse_shared_names(layers: Sequence[Layer]) -> None:
 
 
 def _with_target(stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
-    """Targeting always happens, by its defaults when the recipe does not say how."""
-    return stages if any(stage.verb == "target" for stage in stages) else (make_stage("target", {}), *stages)
+    """What is quantized is targeted, by defaults when the recipe does not say how."""
+    verbs = {stage.verb for stage in stages}
+    return (make_stage("target", {}), *stages) if "quantize" in verbs and "target" not in verbs else stages
 
 
 def _slots(layer: LayerPlan, slots: dict[str, Slot]) -> tuple[Slot, ...]:
@@ -233,16 +247,3 @@ def _digest(recipe: Recipe, source: Source, forced: Mapping[str, str]) -> str:
     output = recipe.output
     parts = [__version__, source.layout, recipe.identity(), output.dialect, output.shard_bytes, sorted(forced)]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def _metadata(recipe: Recipe, source: Source, layers: Sequence[LayerPlan], digest: str) -> dict[str, str]:
-    """``__metadata__`` of the output: the original entries, the dialect's, and what made the file."""
-    metadata = {key: value for key, value in source.metadata.items() if key not in (HEADER_KEY, ENTRY)}
-    entries = {layer.layer.name: layer.entry for layer in layers if layer.entry is not None}
-    names = [spec.name for layer in layers for spec in layer.outputs]
-    metadata[HEADER_KEY] = header_entry(entries, names)
-    made: dict[str, Any] = {"version": __version__, "recipe": {"stages": recipe.identity()}, "plan": digest}
-    if needing := sum(layer.adapter is not None and layer.adapter.method == "svdquant" for layer in layers):
-        made["needs_adapter"] = needing  # so many layers are wrong without it
-    metadata[ENTRY] = json.dumps(made)
-    return metadata

@@ -25,13 +25,15 @@ BAR_COLUMNS = 100
 
 
 class Display:
-    """Share, bytes, mean rate, time left at that rate, memory against the budget, layers quantized so far."""
+    """Share, bytes, mean rate, time left at that rate, memory against the budget, layers done so far."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
         self.bars: Bars | None = None
         self.bytes = self.layers = self.tasks = self.total_bytes = self.total_layers = self.total_tasks = 0
         self.began = self.said = 0.0
+        self.worked_on: frozenset[str] = frozenset()
+        """Layers that are quantized or changed, not copied."""
 
     def start(self, plan: Plan, budget: Budget) -> None:
         """Warnings and notes, then the first line."""
@@ -39,7 +41,8 @@ class Display:
         from rich.text import Text
 
         self.process, self.budget = psutil.Process(), budget
-        self.total_bytes, self.total_layers = plan.nbytes_in, len(plan.quantized)
+        self.worked_on = frozenset(layer.layer.name for layer in plan.layers if layer.format or layer.change)
+        self.total_bytes, self.total_layers = plan.nbytes_in, len(self.worked_on)
         self.total_tasks = sum(max(1, len(layer.parts)) for layer in plan.layers)
         self.began = self.said = time.perf_counter()
         for text in plan.warnings:
@@ -49,14 +52,15 @@ class Display:
         if self.console.is_terminal:
             self._start_bars()
         else:
-            words = f"{count(len(plan.layers), 'tensor')} ({count(self.total_layers, 'layer')} to quantize)"
+            aim = "to change" if plan.changed else "to quantize"
+            words = f"{count(len(plan.layers), 'tensor')} ({count(self.total_layers, 'layer')} {aim})"
             tasks = f"{count(budget.workers, 'task')} at a time, memory budget {show_size(budget.limit)}"
             self.console.print(f"converting {words}, {show_size(self.total_bytes)}, {tasks}")
 
     def advance(self, receipts: Sequence[Receipt]) -> None:
         """Counts finished tasks; after the last one the files are synced and renamed, which may take a while."""
         self.bytes += sum(receipt.nbytes_in for receipt in receipts)
-        self.layers += sum(receipt.first and bool(receipt.format) for receipt in receipts)
+        self.layers += sum(receipt.first and receipt.name in self.worked_on for receipt in receipts)
         self.tasks += len(receipts)
         now = time.perf_counter()
         last = self.syncing and now - self.began >= PLAIN_SECONDS

@@ -67,6 +67,8 @@ class Report:
     layers: tuple[LayerReport, ...]
     kept: dict[str, int]
     """Number of tensors kept, by reason."""
+    changed: dict[str, int]
+    """Number of layers whose stored form was changed, by what happened to them."""
     nbytes_in: int
     nbytes_out: int
     seconds: float
@@ -110,7 +112,7 @@ class Report:
             "ratio": self.ratio, "seconds": self.seconds, "peak_memory_bytes": self.peak_bytes,
             "distributed": self.distributed,
             **({} if self.adapter is None else {"adapter": self.adapter.to_dict()}),
-            "layers": [layer.to_dict() for layer in self.layers], "kept": self.kept,
+            "layers": [layer.to_dict() for layer in self.layers], "changed": self.changed, "kept": self.kept,
             "notes": list(self.notes), "warnings": list(self.warnings), "verify": self.verify_command,
         }  # fmt: skip
 
@@ -122,6 +124,12 @@ class Report:
 
         columns = (Column("error (sampled)", sampled), *MEASURES, *GAINS)
         return [column for column in columns if any(column.of(layer) for layer in self.layers)]
+
+    @property
+    def _done(self) -> str:
+        if self.changed:
+            return f"{count(sum(self.changed.values()), 'layer')} changed"
+        return f"{count(len(self.layers), 'layer')} quantized"
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2)
@@ -151,9 +159,10 @@ class Report:
         peak = f"peak memory {'of the client ' if self.distributed else ''}{show_size(self.peak_bytes)}"
         lines = [
             f"{self.index or self.output}: {show_size(self.nbytes_in)} -> {show_size(self.nbytes_out)} "
-            f"({self.ratio:.1%}), {count(len(self.layers), 'layer')} quantized",
+            f"({self.ratio:.1%}), {self._done}",
             f"{show_seconds(self.seconds)}, {rate:.2f} GB/s, {peak}",
         ]
+        lines += [f"{count(number, 'layer')}: {what}" for what, number in self.changed.items()]
         lines += [f"kept {count(number, 'tensor')}: {reason}" for reason, number in self.kept.items()]
         lines += gains([layer.quality for layer in self.layers if layer.quality])
         if unchanged := [layer.name for layer in self.layers if layer.quality and layer.quality.kept_start]:
@@ -170,8 +179,8 @@ class Report:
 
     def __repr__(self) -> str:
         sizes = f"{show_size(self.nbytes_in)} -> {show_size(self.nbytes_out)}"
-        layers = f"{count(len(self.layers), 'layer')} quantized"
-        return f"Report({', '.join(self.source)!r} -> {self.output!r}: {layers}, {sizes}, {show_seconds(self.seconds)})"
+        names = f"{', '.join(self.source)!r} -> {self.output!r}"
+        return f"Report({names}: {self._done}, {sizes}, {show_seconds(self.seconds)})"
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         from rich.text import Text
@@ -210,6 +219,7 @@ def make_report(plan: Plan, receipts: Sequence[Receipt], seconds: float, distrib
     index = index_file(plan.shards) if is_single_file(plan.output.path) else None
     return Report(
         plan.recipe.source, plan.output.path, tuple(layers), dict(plan.kept.most_common()),
+        dict(plan.changed.most_common()),
         plan.nbytes_in, plan.nbytes_out, seconds, peak_memory(), plan.notes, plan.warnings, distributed,
         plan.recipe.statistics or "", str(index[0]) if index else "", plan.adapter,
     )  # fmt: skip

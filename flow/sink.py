@@ -189,7 +189,7 @@ def _sidecar_bytes(plan: Plan) -> int:
 def _sidecar_content(plan: Plan, path: Path) -> bytes:
     """The file as it is; a quantization that is gone is not declared in the configuration."""
     config = plan.source.config
-    if path.name == "config.json" and config and "quantization_config" in config:
+    if path.name == "config.json" and config and "quantization_config" in config and not plan.verbatim:
         kept = {key: value for key, value in config.items() if key != "quantization_config"}
         return (json.dumps(kept, indent=2, ensure_ascii=False) + "\n").encode()
     try:

@@ -31,9 +31,13 @@ def keep(layer: Layer, reason: str) -> LayerPlan:
         return _copy(layer, reason)
     if layer.marker is not None and _describes(layer.marker, encoding) and _legacy_input_scale(layer) is not None:
         return _copy(layer, reason)
-    spec = layer.weight
-    why = f"{reason}; decoded from {encoding.dialect} {encoding.format[0]} to {spec.dtype}"
-    return LayerPlan(layer, (Decode(), Cast(spec.name, spec.dtype), Write()), (spec,), reason=why)
+    why = f"{reason}; decoded from {encoding.dialect} {encoding.format[0]} to {layer.weight.dtype}"
+    return decoded(layer, layer.weight, reason=why)
+
+
+def decoded(layer: Layer, spec: TensorSpec, **words: str) -> LayerPlan:
+    """The plan of a quantized layer that is stored as plain weights; ``words``: its ``reason`` or ``change``."""
+    return LayerPlan(layer, (Decode(), Cast(spec.name, spec.dtype), Write()), (spec,), **words)
 
 
 def _describes(marker: Mapping[str, Any], encoding: Encoding) -> bool:

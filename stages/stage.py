@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, get_args, get_type_hi
 from ..formats.errors import UsageError, did_you_mean, shown
 
 if TYPE_CHECKING:
+    from ..formats.source import Source
     from .work import LayerPlan
 
 _STAGES: dict[str, str] = {
     "target": "target:Target",
     "quantize": "quantize:Quantize",
     "lora": "lora:Lora",
+    "dequantize": "dequantize:Dequantize",
 }
 """verb -> ``module:class``, in the order in which they plan."""
 
@@ -41,13 +43,21 @@ def register_stage(verb: str, where: str) -> None:
 class Context:
     """What stages may know and say while they plan."""
 
+    source: Source
+    """The checkpoint: names, shapes, metadata and configuration."""
     notes: list[str] = field(default_factory=list)
     """Announcements for the user (preset detected, groups that do not divide ...)."""
     warnings: list[str] = field(default_factory=list)
+    metadata: dict[str, str] | None = None
+    """All of the output's ``__metadata__``, set by a stage that only edits: configuration files are then copied as they
+    are, too. None: the original entries, the dialect's description of the layers, and what made the file."""
 
 
 class Stage(Protocol):
-    """A frozen, JSON-able dataclass; its fields are the options of the verb."""
+    """A frozen, JSON-able dataclass; its fields are the options of the verb.
+
+    A stage that works on what is stored, and cannot follow another one, has the class variable ``alone`` too, True.
+    """
 
     verb: ClassVar[str]
 

@@ -136,6 +136,8 @@ class LayerPlan:
     """Layers of equal affinity run in one task, one after the other: they share what is costly to load."""
     together: tuple[tuple[str, int], ...] = ()
     """Name and rows of each layer that is solved in one with this one, itself included; empty for a layer alone."""
+    change: str = ""
+    """What happens to a layer that is neither quantized nor kept, in the words of plans and reports."""
     inputs: Inputs | None = None
     """Statistics of a quantized layer's inputs, where there are any."""
     adapter: AdapterPlan | None = None

@@ -320,9 +320,9 @@ def test_a_plan_says_when_convert_would_refuse(cli: Cli, checkpoint: Path, tmp_p
     out.write_bytes(b"precious")
     done = cli("plan", checkpoint, out, "--format", "fp8")
     assert done.status == 0
-    assert f"warning  convert would refuse: {out}: exists already; pass --overwrite" in done.out
-    assert "convert would refuse" not in cli("plan", checkpoint, out, "--format", "fp8", "--overwrite").out
-    assert "convert would refuse" not in cli("plan", checkpoint, "--format", "fp8").out
+    assert f"warning  the run would be refused: {out}: exists already; pass --overwrite" in done.out
+    assert "the run would be refused" not in cli("plan", checkpoint, out, "--format", "fp8", "--overwrite").out
+    assert "the run would be refused" not in cli("plan", checkpoint, "--format", "fp8").out
     assert out.read_bytes() == b"precious"
 
 
