@@ -24,6 +24,8 @@ from .tiles import linear_decoded
 
 BLOCK = 32
 E4M3_MAX = 448.0
+MXFP8_PRODUCT = hasattr(torch.nn.functional, "scaled_mm")
+"""Whether this torch multiplies MXFP8 (2.10 and later)."""
 
 
 class Path(Enum):
@@ -39,11 +41,11 @@ def select_path(capability: tuple[int, int] | None, exact: bool) -> Path:
 
     ``exact``: the scales of blocks and ``weight_scalar`` decode to the same weights.
     """
-    if capability is not None and capability >= (10, 0):
+    if capability is None or capability < (8, 9):
+        return Path.DECODED
+    if capability >= (10, 0) and MXFP8_PRODUCT:
         return Path.BLOCKS
-    if capability is not None and capability >= (8, 9) and exact:
-        return Path.SCALAR
-    return Path.DECODED
+    return Path.SCALAR if exact else Path.DECODED
 
 
 def capability_of(device: torch.device) -> tuple[int, int] | None:

@@ -61,6 +61,11 @@ def _extended(factory: Callable[..., Any], formats: Collection[str]) -> Callable
     return mixed_precision_ops
 
 
+@functools.cache
+def _say_once(text: str) -> None:
+    logging.warning(text)
+
+
 def _load(module: Any, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
     """Loads one linear layer, and leaves it with the attributes that ComfyUI's own loader sets."""
     device, dtype = module.factory_kwargs["device"], module.factory_kwargs["dtype"]
@@ -78,7 +83,9 @@ def _load(module: Any, state_dict: dict[str, Any], prefix: str, *rest: Any) -> N
         module.register_parameter("input_scale", torch.nn.Parameter(input_scale.to(device), requires_grad=False))
         loaded.append(prefix + "input_scale")
     if getattr(weight.params, "exact", True) is False:
-        logging.info("%s: weight_scalar does not fit all blocks; decoded by blocks where MXFP8 is missing", layer)
+        _say_once(
+            "quantloom: weight_scalar does not fit all blocks; GPUs without MXFP8 decode by blocks, which is slower"
+        )
     torch.nn.Module._load_from_state_dict(module, state_dict, prefix, *rest)
     missing = rest[2]
     for key in loaded:
