@@ -5,7 +5,7 @@
 | ``QUANT_ALGOS`` | ``comfy/quant_ops.py``: dtype of codes, layout, whether the layout sees activations quantized |
 | ``mixed_precision_ops`` | ``comfy/ops.py``: a linear layer that pops marker and scales, and how it multiplies |
 | ``linear_input_act`` | ``comfy/ops.py``: an INT8 weight is read without calling the layer |
-| ``ModelPatcher`` | ``comfy/model_patcher.py``: clones share a model; injections come with loading and go with detaching |
+| ``ModelPatcher`` | ``comfy/model_patcher.py``: clones share a model; injections come and go with loading |
 | ``load_custom_node`` | ``nodes.py``: a folder is imported by the path of its ``__init__.py`` |
 """
 

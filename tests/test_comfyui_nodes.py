@@ -362,6 +362,7 @@ def test_capability_selects_the_product(
     assert y.shape == (2, 7, shape[0])
     assert error(y - bias, F.linear(x, weight)) < (1e-6 if path == "DECODED" else 0.04)
     with torch.inference_mode():
+        assert error(layer(x.bfloat16()).float() - bias, F.linear(x, weight)) < 0.05
         assert torch.equal(layer(0 * x), bias.expand(2, 7, -1))
         assert layer(x[:, :0]).shape == (2, 0, shape[0])
     with torch.no_grad():

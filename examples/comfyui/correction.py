@@ -122,7 +122,7 @@ class _Station:
     handles: list[Any] = field(default_factory=list)
     full_precision: bool | None = None
 
-    def open(self, module: torch.nn.Module) -> None:
+    def open(self, module: Any) -> None:
         """Hooks do not depend on the order in which adapters come and go, as a replaced ``forward`` would.
 
         ComfyUI's fused INT8 path (``comfy.ops.linear_input_act``) reads the weight without calling the module, and
@@ -136,7 +136,7 @@ class _Station:
             self.handles.append(module.register_forward_pre_hook(self._enter))
             self.handles.append(module.register_forward_hook(self._leave, always_call=True))
 
-    def close(self, module: torch.nn.Module) -> None:
+    def close(self, module: Any) -> None:
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
@@ -149,10 +149,10 @@ class _Station:
             y = y + branch(x).to(y.dtype)
         return y
 
-    def _enter(self, module: torch.nn.Module, _: tuple[Any, ...]) -> None:
+    def _enter(self, module: Any, _: tuple[Any, ...]) -> None:
         module._full_precision_mm = self.full_precision
 
-    def _leave(self, module: torch.nn.Module, *_: Any) -> None:
+    def _leave(self, module: Any, *_: Any) -> None:
         module._full_precision_mm = True
 
 
@@ -177,7 +177,9 @@ class Beside:
         for path, branch in self.branches.items():
             module = patcher.model.get_submodule(path)
             station = _STATIONS.get(module)
-            if station is not None and station.branches.pop(id(self), None) and not station.branches:
-                station.close(module)
-                del _STATIONS[module]
+            if station is not None and id(self) in station.branches:
+                del station.branches[id(self)]
+                if not station.branches:
+                    station.close(module)
+                    del _STATIONS[module]
             branch.copies = None
