@@ -166,6 +166,9 @@ class ModelPatcher:
         """What happens to a patcher before a clone of it is loaded."""
         self.eject_model()
 
+    def __del__(self) -> None:
+        self.detach()
+
 
 def clip_of(encoder: torch.nn.Module) -> Any:
     """``comfy/sd.py``, CLIP: a patcher of its own, cloned with it."""

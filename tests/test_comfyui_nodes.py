@@ -553,6 +553,20 @@ def test_adapters_add_up_and_leave_in_any_order(kind: str, comfy: Any, corrected
         assert torch.equal(run(patcher, x), plain)
 
 
+def test_clones_that_nobody_needs_take_nothing_with_them(comfy: Any, corrected: Callable[[str], Path]) -> None:
+    folder, x = corrected("fp8 row"), inputs(21)
+    patcher = loaded(comfy, folder)
+    first, _, _ = comfy.node.apply(patcher, "correction.safetensors", 0.25)
+    first.load()
+    between = first.clone()
+    second, _, _ = comfy.node.apply(between, "correction.safetensors", 0.5)
+    first.detach()
+    model = second.load()
+    del between
+    with torch.inference_mode():
+        assert error(model.diffusion_model(x), by_hand(folder, loaded(comfy, folder), x, 0.75)) < 1e-5
+
+
 def test_a_layer_that_fails_is_left_as_it_was(comfy: Any, corrected: Callable[[str], Path]) -> None:
     patcher = loaded(comfy, corrected("int8 row"))
     plain = run(patcher, inputs(21))

@@ -100,17 +100,18 @@ def place(layers: Mapping[str, Correction], model: torch.nn.Module, file: str) -
 
 
 class Branch:
-    """up(down(x)), with copies of the factors where and in what dtype they were needed last."""
+    """up(down(x)), with copies of the factors on each device and in each dtype that they were needed in."""
 
     def __init__(self, correction: Correction, strength: float) -> None:
         self.correction, self.strength = correction, strength
-        self.copies: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.copies: dict[tuple[torch.device, torch.dtype], tuple[torch.Tensor, torch.Tensor]] = {}
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        if self.copies is None or (self.copies[0].device, self.copies[0].dtype) != (x.device, x.dtype):
+        where = x.device, x.dtype
+        if where not in self.copies:
             up = self.correction.up.to(x.device, torch.float32) * (self.strength * self.correction.scale)
-            self.copies = up.to(x.dtype), self.correction.down.to(x.device, x.dtype)
-        up, down = self.copies
+            self.copies[where] = up.to(x.dtype), self.correction.down.to(x.device, x.dtype)
+        up, down = self.copies[where]
         return torch.nn.functional.linear(torch.nn.functional.linear(x, down), up)
 
 
@@ -118,7 +119,8 @@ class Branch:
 class _Station:
     """Branches beside one module, however many adapters they come from, and what must be undone after the last."""
 
-    branches: dict[int, Branch] = field(default_factory=dict)
+    branches: dict[int, tuple[Branch, int]] = field(default_factory=dict)
+    """With the id of the patcher that put each in."""
     handles: list[Any] = field(default_factory=list)
     full_precision: bool | None = None
 
@@ -143,9 +145,9 @@ class _Station:
         if self.full_precision is not None:
             module._full_precision_mm = self.full_precision
 
-    def _add(self, _: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: torch.Tensor) -> torch.Tensor:
+    def _add(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], y: torch.Tensor) -> torch.Tensor:
         x = args[0] if args else kwargs["input"]
-        for branch in self.branches.values():
+        for branch, _ in self.branches.values():
             y = y + branch(x).to(y.dtype)
         return y
 
@@ -160,7 +162,11 @@ _STATIONS: WeakKeyDictionary[torch.nn.Module, _Station] = WeakKeyDictionary()
 
 
 class Beside:
-    """One adapter at one strength. ``inject`` and ``eject`` are what ComfyUI's model patcher calls, in any order."""
+    """One adapter at one strength. ``inject`` and ``eject`` are what ComfyUI's model patcher calls, in any order.
+
+    Clones of a patcher share this object, and believe that they put it in when the one that they were cloned from had.
+    So only the one that did so last takes it out: others may be thrown away while the model runs.
+    """
 
     def __init__(self, layers: Mapping[str, Correction], strength: float) -> None:
         self.branches = {path: Branch(each, strength) for path, each in layers.items()}
@@ -171,15 +177,16 @@ class Beside:
             station = _STATIONS.setdefault(module, _Station())
             if not station.branches:
                 station.open(module)
-            station.branches[id(self)] = branch
+            station.branches[id(self)] = branch, id(patcher)
 
     def eject(self, patcher: Any) -> None:
         for path, branch in self.branches.items():
             module = patcher.model.get_submodule(path)
             station = _STATIONS.get(module)
-            if station is not None and id(self) in station.branches:
-                del station.branches[id(self)]
-                if not station.branches:
-                    station.close(module)
-                    del _STATIONS[module]
-            branch.copies = None
+            if station is None or station.branches.get(id(self), (None, None))[1] != id(patcher):
+                continue
+            del station.branches[id(self)]
+            branch.copies.clear()
+            if not station.branches:
+                station.close(module)
+                del _STATIONS[module]
