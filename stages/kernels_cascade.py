@@ -114,6 +114,7 @@ def _walk(target, origin, coupling, made, inverse, multiplier, peaks, r, ld, ldc
             if start % G == 0:
                 _advance(target, coupling, made, start, 0, start, ld, ldc, rows, r, B, G, R, D)
                 tl.store(peaks + group, _largest(target, start, ld, rows, r, B, G, S), mask=rows < r)
+                tl.debug_barrier()
             else:
                 _advance(target, coupling, made, start, start // G * G, start, ld, ldc, rows, r, B, S, R, D)
             scale = _multipliers(tl.load(peaks + group, mask=rows < r, other=0.0), 1.0, False)
