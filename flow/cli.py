@@ -1,5 +1,5 @@
-"""The command line: ``quantloom convert``, ``plan``, ``inspect``, ``verify``, ``formats``, ``roundings``,
-``calibrate``.
+"""The command line: ``quantloom convert``, ``plan``, ``extract-lora``, ``calibrate``, ``inspect``, ``verify``,
+``formats``, ``roundings``.
 
 Heavy modules are imported where they are needed: help is quick.
 """
@@ -18,7 +18,8 @@ from ..formats.registry import FORMATS
 from . import console
 from .calibrate_cli import calibrate
 from .entry import STOPPED, run_command
-from .options import ADAPTING, JSON, RUNNING, TALKING, TARGETING, add_options, build_recipe
+from .extract_cli import extract_lora
+from .options import ADAPTING, JSON, RUNNING, TALKING, TARGETING, WRITING, add_options, build_recipe
 
 if TYPE_CHECKING:
     from .plan import Plan
@@ -45,7 +46,7 @@ def cli() -> None:
 @cli.command(epilog=_EPILOG, short_help="Quantize a checkpoint into a file or folder.")
 @click.argument("source")
 @click.argument("destination")
-@add_options(TARGETING, ADAPTING, RUNNING, TALKING)
+@add_options(TARGETING, ADAPTING, WRITING, RUNNING, TALKING)
 def convert(source: str, destination: str, quiet: bool, verbose: int, as_json: bool, **options: Any) -> int:
     """Quantize SOURCE (a .safetensors file, folder, index.json or glob) into DESTINATION.
 
@@ -66,7 +67,7 @@ def convert(source: str, destination: str, quiet: bool, verbose: int, as_json: b
 @cli.command(epilog=_EPILOG, short_help="Show what convert would do, from headers alone.")
 @click.argument("source")
 @click.argument("destination", required=False)
-@add_options(TARGETING, ADAPTING, RUNNING, TALKING)
+@add_options(TARGETING, ADAPTING, WRITING, RUNNING, TALKING)
 def plan(source: str, destination: str | None, quiet: bool, verbose: int, as_json: bool, **options: Any) -> int:
     """Show what convert would do: every layer's format, why others are kept, bytes, memory, time. Reads headers only,
     unless --lora-rank auto or --lora-budget ask for a survey: that quantizes the candidate layers once.
@@ -114,6 +115,7 @@ def _unused_name() -> str:
     return name
 
 
+cli.add_command(extract_lora)
 cli.add_command(calibrate)
 
 
@@ -143,15 +145,20 @@ def inspect(path: str, every_layer: bool, as_json: bool) -> int:
               help="The checkpoint that OUTPUT was made from; once for each file of a list.")
 @click.option("--statistics", metavar="STORE",
               help="Also measure the output error of every layer, beside plain rounding; holds whole matrices.")
+@click.option("--adapter", metavar="PATH",
+              help="Also check that this adapter belongs to OUTPUT, and measure errors with it beside each layer.")
 @click.option("--worst", "most", default=10, show_default=True, metavar="N", help="How many layers to show.")
 @JSON
-def verify(output: str, against: tuple[str, ...], statistics: str | None, most: int, as_json: bool) -> int:
+def verify(
+    output: str, against: tuple[str, ...], statistics: str | None, adapter: str | None, most: int, as_json: bool
+) -> int:
     """Decode OUTPUT and compare it with its source, weight by weight. Exit status 1 when it is broken."""
 
     def action() -> int:
         from .verify import verify as check
 
-        result = check(output, against[0] if len(against) == 1 else list(against), statistics=statistics)
+        sources = against[0] if len(against) == 1 else list(against)
+        result = check(output, sources, statistics=statistics, adapter=adapter)
         if as_json:
             console.print_json(result.to_dict())
         else:

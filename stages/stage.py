@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, get_args, get_type_hi
 from ..formats.errors import UsageError, did_you_mean, shown
 
 if TYPE_CHECKING:
+    from ..formats.source import Source
     from .work import LayerPlan
 
 _STAGES: dict[str, str] = {
     "target": "target:Target",
     "quantize": "quantize:Quantize",
+    "quantized_as": "quantized_as:QuantizedAs",
     "lora": "lora:Lora",
 }
 """verb -> ``module:class``, in the order in which they plan."""
@@ -44,6 +46,8 @@ class Context:
     notes: list[str] = field(default_factory=list)
     """Announcements for the user (preset detected, groups that do not divide ...)."""
     warnings: list[str] = field(default_factory=list)
+    base: Source | None = None
+    """The quantized model that a stage named: nothing is written but what belongs to it."""
 
 
 class Stage(Protocol):

@@ -1,4 +1,4 @@
-"""How an output says that it was made: the recipe in its header."""
+"""How a quantized checkpoint says how it was made: the recipe in its header."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 
 from ..formats.errors import UsageError
 from ..formats.source import Source
-from ..stages.methods import BY_ROWS
-from ..stages.presets import find_preset
+from .methods import BY_ROWS
+from .presets import find_preset
 
 ENTRY = "quantloom"
 """Header entry with version, recipe and plan digest."""
@@ -19,19 +19,25 @@ ENTRY = "quantloom"
 
 @dataclass(frozen=True)
 class Origin:
-    """What verification must know of a recipe."""
+    """What its header tells of a checkpoint."""
 
     stages: Mapping[str, Mapping[str, Any]]
     """Options by verb; empty when the header does not tell."""
+    digest: str
+    """What adapters call the checkpoint that they belong to: the digest of the plan that made it; for one of another
+    program that of its headers."""
+    needs_adapter: int = 0
+    """So many layers are wrong without their adapter."""
 
     @classmethod
     def of(cls, made: Source) -> Origin:
         """Never raises: an output of another program has no recipe, and a broken one is none."""
         try:
-            stages = json.loads(made.metadata[ENTRY])["recipe"]["stages"]
-            return cls({stage["stage"]: dict(stage) for stage in stages})
-        except (KeyError, ValueError, TypeError):
-            return cls({})
+            entry = json.loads(made.metadata[ENTRY])
+            stages = {stage["stage"]: dict(stage) for stage in entry["recipe"]["stages"]}
+            return cls(stages, str(entry["plan"]), int(entry.get("needs_adapter", 0)))
+        except (KeyError, ValueError, TypeError, RecursionError):
+            return cls({}, made.layout)
 
     @property
     def bias_correction(self) -> bool:
