@@ -6,6 +6,7 @@ An adapter adds up @ down to a weight (m, n); up is (m, r) and down (r, n).
 from __future__ import annotations
 
 import json
+import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -91,7 +92,8 @@ def adapter_config(dialect: str, ranks: Mapping[str, int]) -> bytes | None:
         return None
     largest = max(ranks.values())
     names = {adapter_layer(dialect, layer).removeprefix(PREFIXES[dialect]): rank for layer, rank in ranks.items()}
-    other = {} if dialect == "peft" else {name: rank for name, rank in names.items() if rank != largest}
+    others = {} if dialect == "peft" else {name: rank for name, rank in names.items() if rank != largest}
+    other = {f"^{re.escape(name)}": rank for name, rank in others.items()}  # patterns, which would fit endings of names
     config = {
         "peft_type": "LORA", "task_type": None, "base_model_name_or_path": None, "inference_mode": True,
         "r": largest, "lora_alpha": largest, "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False,
