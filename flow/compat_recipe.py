@@ -51,12 +51,21 @@ def translate(options: Options) -> Translation:
     output = options.get("output") or automatic_output(options)
     run = Run(parse_size(options.get("memory"), "--memory"), options.get("workers"), options.get("device", "cpu"))
     recipe = Recipe((options["input"],), (), Output(output, overwrite="overwrite" in options), run)
-    for verb, values in (("target", target), ("quantize", quantize)):
+    for verb, values in (("target", target), ("quantize", quantize), *_adapter(options)):
         recipe = recipe.with_stage(make_stage(verb, values))
     notes = _notes(options, chosen)
     if config.default is not None and any(name in options for name in ("int8", "nvfp4", "mxfp8", "scaling_mode")):
         notes.append("_default of the layer configuration takes the place of the format on the command line")
     return Translation(recipe, tuple(notes))
+
+
+def _adapter(options: Options) -> list[tuple[str, dict[str, Any]]]:
+    """The lora stage, where an adapter is asked for; an empty pattern or path is none, as in the original."""
+    if "extract_lora" not in options:
+        return []
+    names = ("rank", "target", "depth", "ar_threshold", "output")
+    given = {name: options[f"lora_{name}"] for name in names if options.get(f"lora_{name}") not in (None, "")}
+    return [("lora", given)]
 
 
 def automatic_output(options: Options) -> str:
