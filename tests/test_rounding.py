@@ -600,6 +600,24 @@ def test_verify_with_statistics_finds_a_wrong_bias(checkpoint: Path, store: Path
     assert any("its bias [3] is" in problem for problem in problems)
 
 
+def test_other_statistics_judge_a_corrected_bias_by_its_outputs(
+    checkpoint: Path, store: Path, tmp_path: Path
+) -> None:
+    output, other, name = tmp_path / "out.safetensors", tmp_path / "other.zarr", "blocks.0.attn.qkv"
+    x = tokens(256, seed=7)
+    quantloom.calibrate(Inputs128(make_tensors()), [x], other)
+    convert(checkpoint, output, format="nvfp4", rounding="calibrated", statistics=str(store), bias_correction=True)
+    checked = verify(str(output), str(checkpoint), statistics=str(other))
+    assert checked.ok
+    quality = next(layer.quality for layer in checked.layers if layer.name == name)
+    assert quality is not None
+    original = decoded(checkpoint)[name]
+    wrong = x @ (decoded(output)[name] - original).T + load_file(output)[f"{name}.bias"].float()
+    wrong -= load_file(checkpoint)[f"{name}.bias"].float()
+    wanted = wrong.norm() / ((x - x.mean(0)) @ original.T).norm()
+    assert quality.stored.output == pytest.approx(float(wanted), rel=1e-3)
+
+
 def test_a_store_that_changes_between_plan_and_run_is_noticed(checkpoint: Path, tmp_path: Path) -> None:
     store = tmp_path / "s.zarr"
     quantloom.calibrate(Inputs128(make_tensors()), [tokens(64)], store)
