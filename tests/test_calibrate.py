@@ -531,6 +531,14 @@ def test_norm_priors_are_what_the_norms_say(cli: Cli, tmp_path: Path) -> None:
         found.amax(next(iter(norms)))
 
 
+def test_a_norm_prior_corrects_no_bias(cli: Cli, tmp_path: Path) -> None:
+    calibrated(cli, minilm(), "--norm-prior", "--out", tmp_path / "s.zarr")
+    options = ("--format", "fp8", "--rounding", "calibrated", "--statistics", tmp_path / "s.zarr")
+    done = cli("convert", minilm(), tmp_path / "out", *options, "--bias-correction")
+    assert (done.status, "norm's weights" in done.err, "--random-tokens" in done.err) == (2, True, True)
+    assert not (tmp_path / "out").exists()
+
+
 def test_norm_priors_of_llama_and_of_what_is_not_known(cli: Cli, tmp_path: Path) -> None:
     folder = llama(tmp_path / "llama")
     calibrated(cli, folder, "--norm-prior", "--out", tmp_path / "s.zarr")
