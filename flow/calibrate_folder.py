@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..formats.errors import PlanError, UsageError
+from ..formats.errors import CheckpointError, PlanError, UsageError, memory_problem
+from .batches import call_model
 from .calibrate import Calibration, Options, calibrate
 from .token_batches import Amount
 
@@ -44,7 +45,20 @@ def calibrate_folder(folder: str, data: Data, device: str, out: str, **options: 
     _check_device(device)
     load = _diffusion if "_class_name" in config else _language
     model, batches, notes, label = load(root, config, data, device)
-    settings: Options = {**options, "checkpoint": root, "label": f"{root.absolute().name}, {label}"}
+
+    def run(model: Any, batch: Any) -> None:
+        try:
+            call_model(model, batch)
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            if memory_problem(error):
+                raise
+            first = (str(error) or "no reason given").splitlines()[0]
+            raise CheckpointError(
+                f"{root}: {type(model).__name__} does not run on {label}: {type(error).__name__}: {first}. Look at its "
+                "config.json, or call it yourself: quantloom.calibrate(model, batches)"
+            ) from error
+
+    settings: Options = {**options, "checkpoint": root, "label": f"{root.absolute().name}, {label}", "run": run}
     made = calibrate(model, batches, out, **settings)
     return replace(made, notes=(*notes, *made.notes))
 

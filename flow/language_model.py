@@ -58,7 +58,7 @@ class LanguageModel:
         if tokenizer is None:
             special: set[Any] = {getattr(config, f"{name}_token_id", None) for name in ("bos", "eos", "pad")}
             first = getattr(config, "bos_token_id", None)
-            frame = Frame((first,)) if isinstance(first, int) else Frame()
+            frame = Frame((first,)) if isinstance(first, int) and 0 <= first < size else Frame()
         else:
             special = _special(tokenizer)
             size, frame = min(size, len(tokenizer)), Frame.of(tokenizer)

@@ -90,9 +90,9 @@ def text_ids(path: str | Path, tokenizer: Any, frame: Frame, amount: Amount) -> 
     try:
         with open(path, encoding="utf-8", errors="replace") as file:
             text = file.read(_CHARACTERS * amount.tokens)
-            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
             if len(ids) < amount.tokens and (more := file.read()):
-                ids = tokenizer(text + more, add_special_tokens=False)["input_ids"]
+                ids = tokenizer(text + more, add_special_tokens=False, verbose=False)["input_ids"]
     except OSError as error:
         raise UsageError(f"{path}: the text cannot be read: {error.strerror or error}") from error
     if not ids:

@@ -99,7 +99,7 @@ def verify(
     """Compares every layer of ``output`` with ``against``; both may be quantized, in any dialect that is read.
 
     With a store of ``statistics`` the output error of every quantized layer is measured too, and its projected error,
-    each beside plain rounding: then whole matrices are held, one per worker. With an ``adapter`` the errors beside it
+    each beside plain rounding: then whole matrices are held, one at a time. With an ``adapter`` the errors beside it
     are measured too. Raises CheckpointError when a file itself is broken (truncated, bad header), PlanError for
     statistics or an adapter that do not fit.
     """
@@ -126,8 +126,9 @@ def verify(
         sound = [check.name for check in checks if check.format and not check.problem]
         pairs = {name: (ours[bias], theirs[bias]) for name in sound if (bias := f"{name}.bias") in corrected}
         found = map_layers(
-            lambda name, environment: measure(ours[name], theirs[name], evidence, pairs.get(name), environment),
-            sound, workers=1,
+            lambda name, environment: measure(
+                ours[name], theirs[name], evidence, pairs.get(name), origin.statistics, environment
+            ), sound, workers=1,
         )  # fmt: skip
         measured = dict(zip(sound, found, strict=True))
         checks = [replace(check, **measured.get(check.name, {})) for check in checks]

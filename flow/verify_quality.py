@@ -29,10 +29,15 @@ def open_evidence(path: str, layers: Sequence[Layer]) -> Evidence:
 
 
 def measure(
-    made: Layer, source: Layer, evidence: Evidence, bias: tuple[Layer, Layer] | None, environment: Environment
+    made: Layer, source: Layer, evidence: Evidence, bias: tuple[Layer, Layer] | None, corrected_by: str | None,
+    environment: Environment,
 ) -> dict[str, Any]:
     """What is to be noted of a quantized layer: its ``quality``, over all its weights, held whole; and a ``problem``,
-    when its ``bias`` (made, source) was corrected by something else than what its weights lost."""
+    when its ``bias`` (made, source) was corrected by something else than what its weights lost.
+
+    Only the statistics that corrected it, whose digest is ``corrected_by``, tell what a bias should be; by others the
+    output error counts what the mean output is still off by.
+    """  # fmt: skip
     encoding = made.encoding
     assert encoding is not None
     fmt = encoding.build()
@@ -45,11 +50,15 @@ def measure(
     subspaces = dominant_subspaces(weight, rank, seed_of(made.name))
     measured = Measure(weight, moments, lambda error: project(subspaces, error))
     stored = _matrix(made, encoding, environment)
-    noted: dict[str, Any] = {"quality": Quality(measured.errors(stored), measured.nearest(fmt))}
-    if bias is not None:
-        lost = torch.zeros(shape[0]) if moments is None else (weight - stored) @ moments.mean
-        if problem := _bias_problem(whole(bias[0])[0], whole(bias[1])[0] + lost, lost):
-            noted["problem"] = problem
+    if bias is None:
+        return {"quality": Quality(measured.errors(stored), measured.nearest(fmt))}
+    before, after = whole(bias[1])[0], whole(bias[0])[0]
+    lost = torch.zeros(shape[0]) if moments is None else (weight - stored) @ moments.mean
+    noted: dict[str, Any] = {
+        "quality": Quality(measured.errors(stored, after - before - lost), measured.nearest(fmt))
+    }
+    if evidence.digest == corrected_by and (problem := _bias_problem(after, before + lost, lost)):
+        noted["problem"] = problem
     return noted
 
 

@@ -56,6 +56,14 @@ class Evidence:
             return None
         return Inputs(self.statistics, name, self.statistics.input_of(name), rotation, centred)
 
+    def check_mean(self, name: str) -> None:
+        """UsageError for a mean input that nobody has measured."""
+        if not self.statistics.measured(name):
+            raise UsageError(
+                f"{self.statistics.path}: the mean input of {name!r} is what a norm's weights suggest, too little to "
+                "correct a bias by; calibrate with --random-tokens or --text, or drop --bias-correction"
+            )
+
     def input_scale(self, name: str, wanted: float | str | None, fmt: Format) -> float | None:
         """The activation scale that brings the layer's largest input, or a percentile of it, onto the largest code."""
         if not isinstance(wanted, str):

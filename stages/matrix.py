@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 
@@ -17,6 +18,8 @@ from .inputs import Inputs
 from .methods import Method, Problem, Rounded, Solver, Stacking
 from .quality import Measure, Quality, row_ranges
 from .work import Chunk, Environment, LayerPlan, Stream, Work
+
+Result = TypeVar("Result")
 
 _log = logging.getLogger(__name__)
 
@@ -49,16 +52,16 @@ class Solve:
         upstream = [(work, work.stream) for work in works]
         waiting: dict[str, tuple[Rounded, Quality]] = {}
 
-        def solved() -> dict[str, tuple[Rounded, Quality]]:
-            problems = [self._problem(work, stream, fmt) for work, stream in upstream]
+        def solved(split: int) -> dict[str, tuple[Rounded, Quality]]:
+            problems = [replace(self._problem(work, stream, fmt), split=split) for work, stream in upstream]
             with cancellable(works[0].environment.run_id):
-                found = solve_in_memory(self.method, problems)
+                found = solve_all(self.method, problems)
             return {problem.name: result for problem, result in zip(problems, found, strict=True)}
 
         def stream_of(work: Work) -> Stream:
             def stream(start: int, stop: int) -> Iterator[Chunk]:
                 if work.plan.layer.name not in waiting:
-                    waiting.update(solved())
+                    waiting.update(until_it_fits(work.plan.layer.name, solved))
                 rounded, work.quality = waiting.pop(work.plan.layer.name)
                 work.squared_error, work.squared_weight = work.quality.stored.weight**2, 1.0
                 for rows in row_ranges(rounded.values, fmt.rows_multiple):
@@ -98,19 +101,19 @@ class Solve:
         return matrices + 24 * groups + self.method.memory((rows, columns), environment.device) + statistics
 
 
-def solve_in_memory(method: Method, problems: Sequence[Problem]) -> list[tuple[Rounded, Quality]]:
-    """``solve_all``, again with ranges of rows half as large when a device is out of memory."""
+def until_it_fits(name: str, work: Callable[[int], Result]) -> Result:
+    """What ``work`` gives for a split of 1; while a device is out of memory, from the start for twice as much."""
+    split = 1
     while True:
         try:
-            return solve_all(method, problems)
+            return work(split)
         except torch.OutOfMemoryError:
-            split = problems[0].split * 2
+            split *= 2
             if split > _MOST_SPLIT:
                 raise
-            _log.warning("%s: out of memory, ranges of rows are split in %d", problems[0].name, split)
+            _log.warning("%s: out of memory, ranges of rows are split in %d", name, split)
         torch.cuda.empty_cache()
         time.sleep(_WAIT_SECONDS)  # other tasks hold what is missing, and some are about to end
-        problems = [replace(problem, split=split) for problem in problems]
 
 
 def solve(method: Method, problem: Problem) -> tuple[Rounded, Quality]:

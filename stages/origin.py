@@ -44,6 +44,12 @@ class Origin:
         """Whether biases of quantized layers were corrected."""
         return self.stages.get("quantize", {}).get("bias_correction") is True
 
+    @property
+    def statistics(self) -> str | None:
+        """Digest of the statistics that it was made with."""
+        digest = self.stages.get("quantize", {}).get("statistics")
+        return digest if isinstance(digest, str) else None
+
     def feedback(self, name: str) -> bool:
         """Whether a layer may be rounded by a method that looks at a whole matrix: by a rule, or as all others are."""
         rules = self.stages.get("target", {}).get("rules")

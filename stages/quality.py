@@ -65,11 +65,14 @@ class Measure:
         self.hessian = None if moments is None else moments.hessian
         self.norm, self.energy = self._norm(weight), self._energy(weight)
 
-    def errors(self, values: torch.Tensor) -> Errors:
-        """Errors of stored float32 weights (m, n)."""
+    def errors(self, values: torch.Tensor, shift: torch.Tensor | None = None) -> Errors:
+        """Errors of stored float32 weights (m, n); ``shift`` (m,) is what the mean output is off by, where moments are
+        centred and do not know it."""
         error = values - self.weight
         projected = None if self.project is None else self._share(self._norm(self.project(error)), self.norm)
         energy = self._energy(error)
+        if energy is not None and shift is not None:
+            energy = torch.hypot(energy, shift.double().norm())
         return Errors(
             self._share(self._norm(error), self.norm), projected,
             None if energy is None or self.energy is None else self._share(energy, self.energy),

@@ -157,7 +157,7 @@ class _Planner:
             self.context.notes.append(f"{name}: not rotated, no group of {rotate} divides its {columns} columns")
         bias, inputs, scale = None, None, chosen["input_scale"]
         if self.evidence is not None:
-            bias = self._bias(plan) if self.stage.bias_correction and name in self.evidence else None
+            bias = self._bias(plan, self.evidence) if self.stage.bias_correction and name in self.evidence else None
             inputs = self.evidence.inputs(name, rotation, centred=bias is not None)
             scale = self.evidence.input_scale(name, scale, fmt)
         return Choice(
@@ -165,13 +165,14 @@ class _Planner:
             inputs, bias,
         )  # fmt: skip
 
-    def _bias(self, plan: LayerPlan) -> TensorRef | None:
-        """The layer's bias, when it has one to correct."""
+    def _bias(self, plan: LayerPlan, evidence: Evidence) -> TensorRef | None:
+        """The layer's bias, when it has one to correct; UsageError when its mean input was never measured."""
         bias = self.layers.get(f"{plan.layer.name}.bias")
         if bias is None or bias.layer.weight.shape != plan.layer.weight.shape[:1] or bias.layer.encoding is not None:
             return None
         if bias.layer.weight.dtype not in FLOAT_DTYPES:
             return None
+        evidence.check_mean(plan.layer.name)
         self.corrected.add(bias.layer.name)
         return bias.layer.tensors[0]
 

@@ -104,6 +104,10 @@ class Statistics:
         """Whether E[x x^T] is known whole, not only its diagonal."""
         return self._entry(name).hessian
 
+    def measured(self, name: str) -> bool:
+        """Whether inputs were seen: a norm prior has seen none."""
+        return self._entry(name).amax is not None
+
     def transposed(self, name: str) -> bool:
         """Whether the stored weight is (inputs, outputs), as transformers' ``Conv1D`` keeps it."""
         self._entry(name)

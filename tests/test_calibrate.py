@@ -459,9 +459,11 @@ def test_gpt2_keeps_its_weights_transposed(cli: Cli, tmp_path: Path) -> None:
 def test_text_that_is_too_short_is_used_whole(cli: Cli, tmp_path: Path) -> None:
     folder = minilm()
     text = tmp_path / "text.txt"
-    text.write_text("The cat sat on the mat. " * 40)
+    text.write_text("The cat sat on the mat. " * 100)
     made = calibrated(cli, folder, "--text", text, "--tokens", 5000, "--out", tmp_path / "s.zarr")
     assert f"gives {made['tokens']} of 5000 tokens" in made["notes"][0]
+    done = cli("calibrate", folder, "--text", text, "--tokens", 5000, "--out", tmp_path / "long.zarr", "--quiet")
+    assert (done.status, done.out, done.err) == (0, "", "")
     exact = calibrated(cli, folder, "--text", text, "--tokens", 200, "--sequence-length", 50,
                        "--out", tmp_path / "t.zarr")  # fmt: skip
     assert exact["tokens"] == 200
@@ -527,6 +529,14 @@ def test_norm_priors_are_what_the_norms_say(cli: Cli, tmp_path: Path) -> None:
         assert moments.tokens == 1
     with pytest.raises(UsageError, match="--random-tokens"):
         found.amax(next(iter(norms)))
+
+
+def test_a_norm_prior_corrects_no_bias(cli: Cli, tmp_path: Path) -> None:
+    calibrated(cli, minilm(), "--norm-prior", "--out", tmp_path / "s.zarr")
+    options = ("--format", "fp8", "--rounding", "calibrated", "--statistics", tmp_path / "s.zarr")
+    done = cli("convert", minilm(), tmp_path / "out", *options, "--bias-correction")
+    assert (done.status, "norm's weights" in done.err, "--random-tokens" in done.err) == (2, True, True)
+    assert not (tmp_path / "out").exists()
 
 
 def test_norm_priors_of_llama_and_of_what_is_not_known(cli: Cli, tmp_path: Path) -> None:
@@ -650,6 +660,28 @@ def test_what_transformers_cannot_load(cli: Cli, tmp_path: Path) -> None:
     assert done.status == 1
     assert "transformers cannot load it" in done.err
     assert "Traceback" not in done.err
+
+
+def test_special_tokens_beyond_the_vocabulary_are_left_out(cli: Cli, tmp_path: Path) -> None:
+    folder = llama(tmp_path / "llama")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "bos_token_id": 50256}))
+    assert calibrated(cli, folder, "--random-tokens", "--tokens", 100, "--out", tmp_path / "s.zarr")["tokens"] == 100
+
+
+def test_a_model_that_does_not_run_is_named(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    transformers = pytest.importorskip("transformers")
+    folder = llama(tmp_path / "llama")
+
+    def forward(*_args: Any, **_kwargs: Any) -> None:
+        raise IndexError("index out of range in self")
+
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "forward", forward)
+    done = cli("calibrate", folder, "--random-tokens", "--out", tmp_path / "s.zarr")
+    assert done.status == 1
+    assert "LlamaForCausalLM does not run on 32768 random tokens, seed 0: IndexError: index out of range" in done.err
+    assert "Traceback" not in done.err
+    assert not (tmp_path / "s.zarr").exists()
 
 
 def test_without_transformers_the_extra_is_named(

@@ -29,7 +29,7 @@ from quantloom.formats.registry import make_format
 from quantloom.formats.source import open_source
 from quantloom.stages import matrix, methods
 from quantloom.stages.inputs import Inputs
-from quantloom.stages.matrix import solve, solve_in_memory
+from quantloom.stages.matrix import solve
 from quantloom.stages.methods import Problem, Rounded
 from quantloom.stages.quality import Measure
 from quantloom.stages.reading import Decode, Read
@@ -292,7 +292,7 @@ class Fake:
 
     def solver(self, problem: Problem) -> FakeSolver:
         if self.outcome == "memory" and problem.split < 4:
-            raise torch.OutOfMemoryError("no more")
+            raise torch.OutOfMemoryError("CUDA out of memory")
         return FakeSolver(problem, self.outcome)
 
     def operations(self, shape: tuple[int, int]) -> float:
@@ -340,13 +340,39 @@ def test_the_report_names_layers_that_kept_their_start(
     assert all(layer["kept_start"] for layer in report.to_dict()["layers"])
 
 
-def test_running_out_of_memory_splits_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_running_out_of_memory_splits_the_work(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(matrix, "_WAIT_SECONDS", 0)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    assert not solve_in_memory(Fake("memory"), [problem()])[0][1].kept_start
+    monkeypatch.setattr("quantloom.stages.chain.make_method", lambda name, options: Fake("memory"))
+    report = convert(checkpoint, tmp_path / "out.safetensors", format="fp8", rounding="learned")
+    assert not any(layer["kept_start"] for layer in report.to_dict()["layers"])
+    assert sum("split in 4" in message for message in caplog.messages) == len(LAYERS)
     monkeypatch.setattr(matrix, "_MOST_SPLIT", 2)
-    with pytest.raises(torch.OutOfMemoryError):
-        solve_in_memory(Fake("memory"), [problem()])
+    with pytest.raises(quantloom.QuantloomError, match="CUDA out of memory; lower"):
+        convert(checkpoint, tmp_path / "none.safetensors", format="fp8", rounding="learned")
+
+
+def test_running_out_of_memory_while_statistics_load_is_survived(
+    checkpoint: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(matrix, "_WAIT_SECONDS", 0)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    options = {"format": "nvfp4", "rounding": "calibrated", "statistics": str(store), "bias_correction": True}
+    convert(checkpoint, tmp_path / "calm.safetensors", **options)
+    load, failed = Inputs.moments, set[str]()
+
+    def crowded(self: Inputs, columns: int, device: torch.device) -> Moments:
+        if self.layer not in failed:
+            failed.add(self.layer)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return load(self, columns, device)
+
+    monkeypatch.setattr(Inputs, "moments", crowded)
+    convert(checkpoint, tmp_path / "crowded.safetensors", **options)
+    assert failed
+    assert (tmp_path / "calm.safetensors").read_bytes() == (tmp_path / "crowded.safetensors").read_bytes()
 
 
 def test_splitting_changes_nothing_but_the_last_bits() -> None:
@@ -598,6 +624,24 @@ def test_verify_with_statistics_finds_a_wrong_bias(checkpoint: Path, store: Path
     save_file(tensors, output, metadata)
     problems = verify(str(output), str(checkpoint), statistics=str(store)).problems
     assert any("its bias [3] is" in problem for problem in problems)
+
+
+def test_other_statistics_judge_a_corrected_bias_by_its_outputs(
+    checkpoint: Path, store: Path, tmp_path: Path
+) -> None:
+    output, other, name = tmp_path / "out.safetensors", tmp_path / "other.zarr", "blocks.0.attn.qkv"
+    x = tokens(256, seed=7)
+    quantloom.calibrate(Inputs128(make_tensors()), [x], other)
+    convert(checkpoint, output, format="nvfp4", rounding="calibrated", statistics=str(store), bias_correction=True)
+    checked = verify(str(output), str(checkpoint), statistics=str(other))
+    assert checked.ok
+    quality = next(layer.quality for layer in checked.layers if layer.name == name)
+    assert quality is not None
+    original = decoded(checkpoint)[name]
+    wrong = x @ (decoded(output)[name] - original).T + load_file(output)[f"{name}.bias"].float()
+    wrong -= load_file(checkpoint)[f"{name}.bias"].float()
+    wanted = wrong.norm() / ((x - x.mean(0)) @ original.T).norm()
+    assert quality.stored.output == pytest.approx(float(wanted), rel=1e-3)
 
 
 def test_a_store_that_changes_between_plan_and_run_is_noticed(checkpoint: Path, tmp_path: Path) -> None:
