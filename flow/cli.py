@@ -16,6 +16,7 @@ from ..formats.registry import FORMATS
 from . import console
 from .calibrate_cli import calibrate
 from .dequantize_cli import dequantize
+from .edit_cli import edit
 from .entry import STOPPED, run_command
 from .options import ADAPTING, JSON, RUNNING, TALKING, TARGETING, add_options, build_recipe
 from .running import run, show
@@ -85,7 +86,7 @@ def _unused_name() -> str:
     return name
 
 
-for command in (calibrate, dequantize):
+for command in (calibrate, dequantize, edit):
     cli.add_command(command)
 
 

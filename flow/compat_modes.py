@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..formats.errors import UsageError
+from .compat_edit import EDITING, edit_options
 from .compat_flags import Options, all_flags
 
 
@@ -24,7 +25,9 @@ class Mode:
     """Options of the command line that mean something to it, beside ``EVERY_RUN``."""
 
 
-MODES: dict[str, Mode] = {}
+MODES: dict[str, Mode] = {
+    "edit_quant": Mode("edit", "edited", edit_options, EDITING),
+}
 """By the option that asks for it."""
 
 EVERY_RUN = frozenset((

@@ -96,7 +96,7 @@ def _marked(layers: Iterable[Layer], source: Source, header: HeaderEntry) -> dic
         if layer.weight.name == layer.name + WEIGHT and (layer.name in tensors or layer.name in stated)
     }
     if not found:
-        raise PlanError(f"{_where(source)}: no layer has a .comfy_quant marker or header entry: there is nothing to edit")
+        raise PlanError(f"{_where(source)}: no layer has a .comfy_quant marker or header entry: nothing to edit")
     return found
 
 
