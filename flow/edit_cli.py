@@ -82,7 +82,7 @@ def _edit_in_place(model: str, values: dict[str, Any], options: dict[str, Any]) 
 def _added(given: tuple[str, ...]) -> dict[str, Any]:
     """KEY=VALUE pairs; a value is JSON where it is some."""
     pairs = [text.partition("=") for text in given]
-    if wrong := [text for text, pair in zip(given, pairs, strict=True) if not pair[0].strip() or not pair[1]]:
+    if wrong := [text for text, pair in zip(given, pairs, strict=True) if not pair[0].strip() or not pair[2].strip()]:
         raise click.UsageError(f"--add {wrong[0]!r} is not KEY=VALUE, such as full_precision_matrix_mult=true")
     values = {key.strip(): _value(text.strip()) for key, _, text in pairs}
     if len(values) < len(pairs):

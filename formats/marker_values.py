@@ -40,7 +40,10 @@ def check_marker(stored: Stored, keys: list[str], encoding: Encoding | None) -> 
     Raises:
         Undecodable: With the reason, for a value that the format cannot have, and for other numbers than before.
     """
-    entry = flat(stored.marker or {})
+    marker = stored.marker or {}
+    if not isinstance(marker.get("params", {}), dict):
+        raise Undecodable(f"params must be a JSON object, not {shown(marker['params'])}")
+    entry = flat(marker)
     for key in keys:
         if key in entry and key in _CHECKS:
             _CHECKS[key](entry[key], entry, stored)
@@ -155,14 +158,10 @@ def _check_shape(value: Any, entry: Mapping[str, Any], stored: Stored) -> None:
         raise Undecodable(f"orig_shape {list(shape)} is not the stored {list(stored.shape)}")
 
 
-def _check_params(value: Any, entry: Mapping[str, Any], stored: Stored) -> None:
-    raise Undecodable("params must be a JSON object")  # an object has been lifted, and its keys are checked
-
-
 _CHECKS: Mapping[str, Callable[[Any, Mapping[str, Any], Stored], None]] = {
     "format": _check_format, "group_size": _check_group_size, "full_precision_matrix_mult": _check_matmul,
     "convrot": _check_rotation, "convrot_groupsize": _check_rotation_group, "per_row": _check_per_row,
-    "orig_dtype": _check_dtype, "orig_shape": _check_shape, "params": _check_params,
+    "orig_dtype": _check_dtype, "orig_shape": _check_shape,
 }  # fmt: skip
-KNOWN_KEYS = tuple(_CHECKS)
+KNOWN_KEYS = (*_CHECKS, "params")
 """What clients and this program read."""
