@@ -17,9 +17,9 @@ from typing import Any
 from ..formats.comfy import HEADER_KEY, MARKER
 from ..formats.errors import PlanError, SinkError
 from ..formats.fileio import Reader, Writer, create_sparse, free_bytes, sync_file
-from ..formats.journal import ENDING, Change, UnfinishedEdit, carry_out, finish, new_name
+from ..formats.journal import ENDING, Change, Patch, UnfinishedEdit, carry_out, finish, new_name
 from ..formats.layers import PACKED, WEIGHT, group_layers
-from ..formats.refit import Patch, Rebuilt, patches, rebuilt
+from ..formats.refit import Rebuilt, patches, rebuilt
 from ..formats.safetensors import Header, read_header
 from ..formats.shards import SUFFIX, stem_of
 from ..formats.source import Source, open_source

@@ -29,6 +29,14 @@ def changed_keys(before: Entry, after: Entry) -> list[str]:
     return [key for key in {**old, **new} if not (key in old and key in new and _same(old[key], new[key]))]
 
 
+def decoded_as(stored: Stored) -> Encoding | None:
+    """How a layer decodes; None when it does not."""
+    try:
+        return recognize(stored)
+    except Undecodable:
+        return None
+
+
 def check_marker(stored: Stored, keys: list[str], encoding: Encoding | None) -> None:
     """Holds a layer's new description to what is stored.
 

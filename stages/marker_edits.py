@@ -12,7 +12,7 @@ from typing import Any
 from ..formats.comfy import model_prefix
 from ..formats.errors import PlanError, did_you_mean, listed, shown
 from ..formats.layers import WEIGHT, Layer, stored_as
-from ..formats.marker_values import KNOWN_KEYS, changed_keys, check_marker
+from ..formats.marker_values import KNOWN_KEYS, changed_keys, check_marker, decoded_as
 from ..formats.markers import Entry, HeaderEntry, conflict, marker_tensors, read_header_entry
 from ..formats.source import Source
 from ..formats.stored import Undecodable
@@ -127,12 +127,14 @@ def _refuse_values(chosen: Mapping[str, _Marked], entries: Mapping[str, Entry], 
     refused: dict[str, list[str]] = {}
     for name, one in chosen.items():
         try:
-            keys = changed_keys(one.joined(False), entries[name])
-            check_marker(stored_as(one.layer, entries[name], source), keys, one.layer.encoding)
+            before = one.joined(False)
+            keys = changed_keys(before, entries[name])
+            encoding = decoded_as(stored_as(one.layer, before, source))
+            check_marker(stored_as(one.layer, entries[name], source), keys, encoding)
             if (size := len(json.dumps(entries[name]))) > _MAX_BYTES:
                 raise Undecodable(f"its marker would have {size} bytes, {_MAX_BYTES} are read")
-        except Undecodable as reason:
-            refused.setdefault(str(reason), []).append(name)
+        except Undecodable as error:
+            refused.setdefault(str(error), []).append(name)
     if refused:
         reason, names = next(iter(refused.items()))
         others = f"; {len(refused) - 1} more reasons" if len(refused) > 1 else ""

@@ -268,6 +268,16 @@ def test_two_descriptions_of_other_numbers_are_refused_with_the_way_out(tmp_path
         edit(source, tmp_path / "out.safetensors", add={FPMM: True})
 
 
+def test_an_edit_of_a_contradictory_layer_is_held_to_its_marker(tmp_path: Path) -> None:
+    case = rotated((33, 128), 16, {"convrot": True, "convrot_groupsize": 16})
+    source = save(tmp_path, case.stored(), header={"layers": {LAYER: {"format": "int8_tensorwise"}}})
+    with pytest.raises(PlanError, match="rotated 64 instead of int8 row, rotated 16"):
+        edit(source, tmp_path / "out.safetensors", add={"convrot_groupsize": 64}, rebuild_header=True)
+    edit(source, tmp_path / "out.safetensors", add={FPMM: True}, rebuild_header=True)
+    expected = {LAYER: {**(case.marker or {}), FPMM: True}}
+    assert markers(tmp_path / "out.safetensors") == header(tmp_path / "out.safetensors") == expected
+
+
 # Values that a format cannot have.
 
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
@@ -415,6 +425,12 @@ def test_options_that_mean_nothing(options: dict[str, Any], words: str) -> None:
     with pytest.raises(UsageError) as refused:
         Pipeline().edit(**options)
     assert words in str(refused.value)
+
+
+def test_it_stands_alone(quantized: Path, tmp_path: Path) -> None:
+    pipeline = Pipeline().read(quantized / "fp8.safetensors").quantize("int8").edit(add={"a": 1})
+    with pytest.raises(UsageError, match="edit stands alone: leave quantize out"):
+        pipeline.write(tmp_path / "out.safetensors")
 
 
 def test_the_recipe_says_everything() -> None:
