@@ -16,6 +16,7 @@ from ..formats.registry import FORMATS
 from . import console
 from .calibrate_cli import calibrate
 from .dequantize_cli import dequantize
+from .edit_cli import edit
 from .entry import run_command
 from .extract_cli import extract_lora
 from .options import ADAPTING, DIALECT, JSON, RECIPE, TALKING, TARGETING, WRITING, add_options, build_recipe
@@ -80,7 +81,7 @@ def _unused_name() -> str:
     return name
 
 
-for command in (extract_lora, calibrate, dequantize):
+for command in (extract_lora, calibrate, dequantize, edit):
     cli.add_command(command)
 
 

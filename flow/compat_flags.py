@@ -5,11 +5,15 @@ Names are written with dashes; the command accepts underscores in their place.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 from ..stages.presets import load_presets
+
+Options = Mapping[str, Any]
+"""Options that were given, by ``Flag.option``."""
 
 FORMATS = ("fp8", "int8", "mxfp8", "nvfp4")
 SCALING_MODES = ("tensor", "row", "block", "block3d", "block2d")
@@ -66,7 +70,7 @@ _CORE = (
     Flag("--device", "cpu (default), cuda or cuda:0. The bytes are the same.", str),
     Flag("--verbose", "How much to print: MINIMAL (errors), NORMAL (default), VERBOSE, DEBUG.", VERBOSITIES),
     Flag("--manual-seed", "Without effect: nothing here is random.", int),
-    Flag("--save-quant-metadata", "Without effect: the header entry is always written."),
+    Flag("--save-quant-metadata", "With --edit-quant: write the header entry from the markers. Conversions always do."),
     Flag("--low-memory -lm", "Without effect: weights always stream in bounded memory."),
     Flag("--verbose-pinned", "Without effect."),
     Flag("--overwrite", "Replace an existing output (not in convert_to_quant, which always does)."),
@@ -123,7 +127,6 @@ _ADVANCED = (
 )  # fmt: skip
 
 _ANEW = "quantloom convert reads such files and decodes their layers before it quantizes them anew"
-_HEADER = "convert the original checkpoint: markers and header entry are always written together"
 
 _MODES = (
     Flag("--dry-run", "analyze (default): print the plan and write nothing. create-template: write a layer "
@@ -143,10 +146,11 @@ _MODES = (
     Flag("--actcal-lora", "With --actcal.", str, needs="actcal"),
     Flag("--actcal-seed", "With --actcal.", int, needs="actcal"),
     Flag("--actcal-device", "With --actcal.", str, needs="actcal"),
-    Flag("--edit-quant", "Not available.", instead=_HEADER),
-    Flag("--remove-keys", "With --edit-quant.", str, needs="edit_quant"),
-    Flag("--add-keys", "With --edit-quant.", str, needs="edit_quant"),
-    Flag("--quant-filter", "With --edit-quant.", str, needs="edit_quant"),
+    Flag("--edit-quant", "Change keys of the markers of a quantized checkpoint, and of its header entry."),
+    Flag("--remove-keys", "With --edit-quant: keys that go, such as a,b.", str, needs="edit_quant"),
+    Flag("--add-keys", "With --edit-quant: keys that come or change, such as \"'a': true, 'b': 64\".", str,
+         needs="edit_quant"),
+    Flag("--quant-filter", "With --edit-quant: regular expression for the layers.", str, needs="edit_quant"),
 )  # fmt: skip
 
 _LORA = (

@@ -89,6 +89,10 @@ class Pipeline:
                  method: str = "auto", budget: int | str | None = None, **options: Any) -> Pipeline:  # fmt: skip
             """Writes an adapter for what quantization took; see ``quantloom.stages.lora.Lora``."""
 
+        def edit(self, *, add: Any = ..., remove: Sequence[str] = (), filter: str | None = None,
+                 rebuild_header: bool = False) -> Pipeline:  # fmt: skip
+            """Edits what a quantized checkpoint says of its layers; see ``quantloom.stages.edit.Edit``."""
+
     def __getattr__(self, verb: str) -> Callable[..., Pipeline]:
         if verb.startswith("_"):
             raise AttributeError(verb)

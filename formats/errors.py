@@ -63,7 +63,7 @@ def shown(value: object) -> str:
         return f"a huge {type(value).__name__}"
 
 
-def listed(names: Sequence[str], most: int, between: str = ", ") -> str:
+def listed(names: Sequence[str], most: int = 8, between: str = ", ") -> str:
     """The first names of a message, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return between.join(names[:most]) + more

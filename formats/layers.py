@@ -73,9 +73,8 @@ def group_layers(source: Source) -> list[Layer]:
         if weight is None:
             layers.append(Layer(key, ref, (ref,), problem=f"belongs to {base}{WEIGHT}, which the checkpoint lacks"))
         elif weight is ref:
-            bias = source.refs.get(f"{base}.bias")
-            rows = bias.shape[0] if bias is not None and len(bias.shape) == 1 else None
-            layers.append(_layer(base, Stored(parts, markers.layers.get(base), rows, declared), markers))
+            stored = Stored(parts, markers.layers.get(base), _bias_rows(source, base), declared)
+            layers.append(_layer(base, stored, markers))
     return layers
 
 
@@ -92,6 +91,17 @@ def describe(layer: Layer) -> str:
     if layer.encoding.rotation:
         words += ["rotated", str(layer.encoding.rotation)]
     return " ".join(words)
+
+
+def stored_as(layer: Layer, marker: Entry, source: Source) -> Stored:
+    """The tensors of a layer under another description."""
+    parts = {ref.name.removeprefix(layer.name): ref for ref in layer.tensors}
+    return Stored(parts, marker, _bias_rows(source, layer.name), Declared.of(source.config))
+
+
+def _bias_rows(source: Source, base: str) -> int | None:
+    bias = source.refs.get(f"{base}.bias")
+    return bias.shape[0] if bias is not None and len(bias.shape) == 1 else None
 
 
 def _families(refs: Mapping[str, TensorRef]) -> dict[str, dict[str, TensorRef]]:

@@ -41,14 +41,29 @@ class Markers:
         return bool(prefixes) and self.legacy[max(prefixes, key=len)]
 
 
+@dataclass(frozen=True)
+class HeaderEntry:
+    """What the header says of layers."""
+
+    document: Mapping[str, Any]
+    """The whole JSON object; empty when there is none."""
+    names: Mapping[str, str]
+    """Layers as the entry names them -> their full names."""
+
+    @property
+    def layers(self) -> dict[str, Entry]:
+        """Each layer's description, by full name."""
+        return {full: self.document["layers"][name] for name, full in self.names.items()}
+
+
 def read_markers(source: Source) -> Markers:
     """Reads marker tensors and header; never a weight.
 
     Raises CheckpointError for a marker that is no JSON object.
     """
-    tensors = _marker_tensors(source.refs)
-    header = _header(source)
-    conflicts = {name: _conflict(tensors[name], header[name]) for name in header if name in tensors}
+    tensors = marker_tensors(source.refs)
+    header = read_header_entry(source).layers
+    conflicts = {name: conflict(tensors[name], header[name]) for name in header if name in tensors}
     layers = {**tensors, **{name: _join(tensors.get(name, {}), entry) for name, entry in header.items()}}
     legacy = {name.removesuffix(LEGACY): ref.numel == 2 for name, ref in source.refs.items() if is_legacy_marker(name)}
     return Markers(layers, {name: text for name, text in conflicts.items() if text}, legacy)
@@ -59,7 +74,8 @@ def is_legacy_marker(name: str) -> bool:
     return name.rpartition(".")[2] == LEGACY
 
 
-def _marker_tensors(refs: Mapping[str, TensorRef]) -> dict[str, Entry]:
+def marker_tensors(refs: Mapping[str, TensorRef]) -> dict[str, Entry]:
+    """What the marker tensors say, by layer; CheckpointError for one that is no JSON object."""
     found: dict[str, Entry] = {}
     markers = [(key, ref) for key, ref in refs.items() if key.endswith(MARKER)]
     for path, own in groupby(markers, lambda item: item[1].path):  # one file at a time: there may be thousands
@@ -75,19 +91,22 @@ def _marker_tensors(refs: Mapping[str, TensorRef]) -> dict[str, Entry]:
     return found
 
 
-def _header(source: Source) -> dict[str, Entry]:
-    """Entries of the header, by the full names that its short ones stand for."""
+def read_header_entry(source: Source) -> HeaderEntry:
+    """The header entry, with the full names that its short ones stand for; CheckpointError for a broken one."""
     text = source.metadata.get(HEADER_KEY)
     if text is None:
-        return {}
+        return HeaderEntry({}, {})
     where = f"{source.files[0]}: header entry {HEADER_KEY}"
-    layers = _object(_object(parse_json(text.encode(), where), where).get("layers"), f"{where}: 'layers'")
+    document = _object(parse_json(text.encode(), where), where)
+    layers = _object(document.get("layers"), f"{where}: 'layers'")
     prefixes = (model_prefix(source.refs), "", *PREFIXES)
 
     def full(name: str) -> str:
         return next((prefix + name for prefix in prefixes if prefix + name + ".weight" in source.refs), name)
 
-    return {full(name): _object(entry, f"{where}: {name!r}") for name, entry in layers.items()}
+    for name, entry in layers.items():
+        _object(entry, f"{where}: {name!r}")
+    return HeaderEntry(document, {name: full(name) for name in layers})
 
 
 def _object(value: object, where: str) -> dict[str, Any]:
@@ -96,8 +115,11 @@ def _object(value: object, where: str) -> dict[str, Any]:
     return value
 
 
-def _conflict(tensor: Entry, header: Entry) -> str:
-    """Empty when both give the codes the same meaning; what the header lacks is absent, whatever the tensor says."""
+def conflict(tensor: Entry, header: Entry) -> str:
+    """How two descriptions of a layer disagree: empty when both give the codes the same meaning.
+
+    What the header lacks is absent, whatever the tensor says.
+    """
     ours, theirs = _meaning(tensor), _meaning(header)
     return "" if ours == theirs else f"its marker says {ours}, the header {theirs}"
 

@@ -27,7 +27,7 @@ from .stored import (
 from .swizzle import swizzled_shape
 from .tensors import TensorRef
 
-_COMFY_CODES = {
+COMFY_CODES = {
     "float8_e4m3fn": "F8_E4M3", "float8_e4m3fn_rowwise": "F8_E4M3", "float8_e4m3fn_blockwise": "F8_E4M3",
     "float8_e5m2": "F8_E5M2", "int8_tensorwise": "I8", "int8_blockwise": "I8",
     "mxfp8": "F8_E4M3", "hybrid_mxfp8": "F8_E4M3", "nvfp4": "U8",
@@ -57,10 +57,10 @@ def _comfy(stored: Stored) -> Encoding | None:
         return None
     entry = flat(stored.marker)
     name = str(entry.get("format"))
-    if name not in _COMFY_CODES:
+    if name not in COMFY_CODES:
         raise Undecodable(f"ComfyUI format {name!r}")
-    if ".weight" not in stored.parts or stored.codes.dtype != _COMFY_CODES[name]:
-        raise Undecodable(f"marked {name} but stored as {stored.codes.dtype}, needs {_COMFY_CODES[name]}")
+    if ".weight" not in stored.parts or stored.codes.dtype != COMFY_CODES[name]:
+        raise Undecodable(f"marked {name} but stored as {stored.codes.dtype}, needs {COMFY_CODES[name]}")
     scale = stored.parts.get(".weight_scale")
     if scale is None:
         raise Undecodable(f"marked {name} but without .weight_scale")

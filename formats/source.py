@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from .errors import CheckpointError
 from .fileio import Reader
 from .hints import PICKLES, found_instead, near
+from .journal import refuse_unfinished
 from .safetensors import Header, parse_json, read_header
 
 if TYPE_CHECKING:
@@ -208,6 +209,7 @@ def _entries(folder: Path) -> list[Path]:
 def _read(paths: Iterable[Path], root: Path, sidecars: tuple[Path, ...]) -> Source:
     """Read every header and join them; each file counts once, however often and by whatever spelling it is given."""
     files = tuple(sorted({os.path.realpath(path): path for path in sorted(paths, reverse=True)}.values()))
+    refuse_unfinished(files)
     with ThreadPoolExecutor(max_workers=min(_HEADER_THREADS, len(files))) as pool:
         opened = list(pool.map(_read_one, files))
     refs: dict[str, TensorRef] = {}

@@ -273,7 +273,13 @@ def test_nothing_is_said_where_nothing_differs() -> None:
         ("--legacy_input_add", ["--legacy-input-add"]),
         ("--cleanup-fp8-scaled --scaled-fp8-marker 2", ["--cleanup-fp8-scaled"]),
         ("--actcal --actcal-samples 8", ["--actcal"]),
-        ("--edit-quant --remove-keys a", ["--edit-quant"]),
+        ("--edit-quant", ["--add-keys", "--remove-keys", "--save-quant-metadata"]),
+        ("--edit-quant --add-keys a", ["--add-keys 'a'", "expected 'key': value"]),
+        ("--edit-quant --add-keys 'a':1,", ["expected 'key': value"]),
+        ("--edit-quant --add-keys a:1,a:2", ["'a' is named twice"]),
+        ("--edit-quant --add-keys 'a:1", ["expected 'key': value"]),
+        ("--edit-quant --remove-keys a,,b", ["--remove-keys", "expected a key"]),
+        ("--edit-quant --remove-keys a --quant-filter (", ["filter", "regular expression"]),
         ("--input-scales s.json", ["--input-scales", "--input-scale stores"]),
         ("--int8 --nvfp4", ["--int8", "--nvfp4"]),
         ("--convrot", ["--convrot", "--scaling-mode row"]),
@@ -574,3 +580,74 @@ def test_an_activation_scale_goes_to_fp8_layers_alone() -> None:
     command = ("--int8", "--input_scale", "--custom-layers", "mlp", "--custom-type", "fp8", "--fallback", "fp8")
     assert rule(*command)[1]["input_scale"] == 1.0
     assert stage("target", *command)["fallback"]["input_scale"] == 1.0
+
+
+# ---- editing ----
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("'a': 'b'", {"a": "b"}),
+        ("'a':true,'b':False, 'c': TRUE", {"a": True, "b": False, "c": True}),
+        ("'a': 64, 'b': -1.5e-3, 'c': +2", {"a": 64, "b": -0.0015, "c": 2}),
+        ("'format': float8_e4m3fn_rowwise", {"format": "float8_e4m3fn_rowwise"}),
+        ("a: two words , b: x:y", {"a": "two words", "b": "x:y"}),
+        ("'a, b': 'c: d, e', \"f\": \"it's\"", {"a, b": "c: d, e", "f": "it's"}),
+        ("'a': 'true', 'b': '64', 'c': ''", {"a": "true", "b": "64", "c": ""}),
+        (r"'a': 'it\'s'", {"a": "it's"}),
+        ("'orig_shape': [100, 72], 'e': []", {"orig_shape": [100, 72], "e": []}),
+        ("'a': nan, 'b': null", {"a": "nan", "b": "null"}),
+    ],
+)
+def test_the_grammar_of_added_keys(text: str, expected: dict[str, Any]) -> None:
+    made = stage("edit", "--edit-quant", "--add-keys", text)
+    assert made == {"add": expected, "remove": [], "filter": None, "rebuild_header": False}
+    assert [type(value) for value in made["add"].values()] == [type(value) for value in expected.values()]
+
+
+MALFORMED = ["", ",", "a", "a:", ":1", "'a' 1", "'a': 1,", "'a: 1", "'a': 'b' c", "a: [1, [2]]", "{}"]
+
+
+@pytest.mark.parametrize("text", MALFORMED)
+def test_malformed_added_keys(text: str) -> None:
+    with pytest.raises(UsageError, match="--add-keys"):
+        translated("--edit-quant", "--add-keys", text)
+
+
+def test_flags_of_an_edit() -> None:
+    made = stage(
+        "edit", "--edit_quant", "--remove_keys", "a, 'b,c'", "--quant_filter", "mlp", "--save-quant-metadata"
+    )
+    assert made == {"add": {}, "remove": ["a", "b,c"], "filter": "mlp", "rebuild_header": True}
+    rebuilt = stage("edit", "--edit-quant", "--save-quant-metadata", "--quant-filter", "mlp")
+    assert rebuilt == {"add": {}, "remove": [], "filter": None, "rebuild_header": True}
+    assert "--int8" in translated("--edit-quant", "--remove-keys", "a", "--int8").notes[0]
+    assert automatic_output({"input": "m/x.safetensors", "edit_quant": True}) == "m/x_edited.safetensors"
+
+
+def test_an_edit_through_the_command(source: Path) -> None:
+    assert run("-i", source, "-o", source.with_name("q.safetensors"), "--int8", "--convrot", "--simple") == 0
+    added = "'full_precision_matrix_mult': true, 'note': 'a, b: c'"
+    edited = ("--edit-quant", "--add-keys", added, "--remove-keys", "per_row", "--quant-filter", "attn")
+    assert run("-i", source.with_name("q.safetensors"), *edited, "--save-quant-metadata") == 0
+    before, after = load_file(source.with_name("q.safetensors")), load_file(source.with_name("q_edited.safetensors"))
+    for name, tensor in before.items():
+        assert torch.equal(after[name].view(-1).view(torch.uint8), tensor.view(-1).view(torch.uint8)) != (
+            "attn" in name and name.endswith(".comfy_quant")
+        )
+    entry = json.loads(bytes(after["blocks.0.attn.qkv.comfy_quant"].tolist()))
+    assert entry == {
+        "format": "int8_tensorwise", "convrot": True, "convrot_groupsize": 256, "full_precision_matrix_mult": True,
+        "note": "a, b: c",
+    }  # fmt: skip
+    with safe_open(source.with_name("q_edited.safetensors"), "pt") as file:
+        layers = json.loads(file.metadata()["_quantization_metadata"])["layers"]
+    assert layers["blocks.0.attn.qkv"] == entry
+    assert layers["blocks.1.mlp.fc1"]["per_row"] is True
+
+
+def test_a_refused_edit_leaves_no_output(source: Path) -> None:
+    assert run("-i", source, "--edit-quant", "--add-keys", "'a': 1") == 1
+    assert run("-i", source, "--edit-quant", "--add-keys", "'a'") == 2
+    assert [path.name for path in source.parent.iterdir()] == [source.name]
