@@ -15,7 +15,6 @@ from __future__ import annotations
 import os
 import shutil
 import urllib.parse
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import xxhash
 
 from ..formats.errors import CheckpointError, PlanError, UsageError
 from .estimates import Estimate, merged
@@ -51,11 +51,11 @@ def read_estimate(root: Path, entry: InputEntry) -> Estimate:
         np.ascontiguousarray(open_array(root / entry.where / name, shape)[:])
         for name, shape in (("mean", (n,)), ("diagonal", (n,)), ("histogram", None))
     ]
-    checksum = 0
+    checksum = xxhash.xxh3_64()
     for array in small:
-        checksum = zlib.crc32(array.data, checksum)
+        checksum.update(array.data)
     if not entry.hessian:
-        _check_sum(root, entry, checksum)
+        _check_sum(root, entry, checksum.intdigest())
     hessian = RowBlocks(root / entry.where / "hessian", n) if entry.hessian else None
     read = {0: checksum}
 
@@ -63,9 +63,10 @@ def read_estimate(root: Path, entry: InputEntry) -> Estimate:
         assert hessian is not None
         values = hessian.rows(start, stop)
         if start in read:  # in order from the first row on
-            read[stop] = zlib.crc32(values.data, read.pop(start))
+            read[stop] = read.pop(start)
+            read[stop].update(values.data)
             if stop == n:
-                _check_sum(root, entry, read.pop(stop))
+                _check_sum(root, entry, read.pop(stop).intdigest())
         return torch.from_numpy(values)
 
     mean, diagonal, histogram = (torch.from_numpy(array) for array in small)
@@ -79,7 +80,7 @@ def write_estimate(root: Path, key: str, estimate: Estimate, runs: tuple[str, ..
     where = f"{_folder(key)}/{len(runs)}"
     _remove(root, where)  # of a run that was killed before the table named it
     group = zarr.open_group(root, mode="r+")
-    checksum = 0
+    checksum = xxhash.xxh3_64()
 
     def create(name: str, shape: tuple[int, ...], chunks: tuple[int, ...], dtype: str, missing: float) -> Any:
         # A lost chunk reads as NaN, which is noticed, and not as zeros.
@@ -91,16 +92,16 @@ def write_estimate(root: Path, key: str, estimate: Estimate, runs: tuple[str, ..
              ("histogram", "int64", estimate.histogram))  # fmt: skip
     for name, dtype, tensor in small:
         values = tensor.contiguous().numpy()
-        checksum = zlib.crc32(values.data, checksum)
+        checksum.update(values.data)
         create(name, values.shape, values.shape, dtype, 0 if dtype == "int64" else float("nan"))[:] = values
     if estimate.rows is not None:
         array = create("hessian", (n, n), (_block_rows(n), n), "float32", float("nan"))
         for start, stop in row_blocks(n):
             values = estimate.rows(start, stop).contiguous().numpy()
-            checksum = zlib.crc32(values.data, checksum)
+            checksum.update(values.data)
             array[start:stop] = values
     _sync(root / where)
-    return InputEntry(n, estimate.rows is not None, estimate.tokens, estimate.amax, where, runs, checksum)
+    return InputEntry(n, estimate.rows is not None, estimate.tokens, estimate.amax, where, runs, checksum.intdigest())
 
 
 def is_store(root: Path) -> bool:

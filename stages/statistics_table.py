@@ -47,7 +47,7 @@ class InputEntry:
     runs: tuple[str, ...] = ()
     """Fingerprints of the runs that are in it."""
     checksum: int = 0
-    """crc32 over its arrays."""
+    """XXH3 (64 bits) over its arrays."""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ MOST_LINES = 260
 MOST_PARAMETERS = 7
 KNOWN_THIRD_PARTIES = {
     "formats": {"torch", "numpy"},
-    "stages": {"torch", "numpy", "triton", "yaml", "zarr", "prodigyplus"},
+    "stages": {"torch", "numpy", "triton", "xxhash", "yaml", "zarr", "prodigyplus"},
     "flow": {"torch", "dask", "distributed", "psutil", "click", "rich", "filelock", "transformers", "diffusers"},
 }
 
