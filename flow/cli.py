@@ -14,6 +14,7 @@ import click
 from .. import __version__
 from ..formats.registry import FORMATS
 from . import console
+from .activations_cli import calibrate_activations
 from .calibrate_cli import calibrate
 from .dequantize_cli import dequantize
 from .entry import STOPPED, run_command
@@ -85,7 +86,7 @@ def _unused_name() -> str:
     return name
 
 
-for command in (calibrate, dequantize):
+for command in (calibrate, calibrate_activations, dequantize):
     cli.add_command(command)
 
 

@@ -86,6 +86,10 @@ class Pipeline:
                  method: str = "auto", budget: int | str | None = None, **options: Any) -> Pipeline:  # fmt: skip
             """Writes an adapter for what quantization took; see ``quantloom.stages.lora.Lora``."""
 
+        def input_scales(self, *, statistics: str | None = None, input_scale: str | None = None,
+                         file: str | None = None, lora: str | None = None, **options: Any) -> Pipeline:  # fmt: skip
+            """Stores activation scales; see ``quantloom.stages.input_scales.InputScales``."""
+
     def __getattr__(self, verb: str) -> Callable[..., Pipeline]:
         if verb.startswith("_"):
             raise AttributeError(verb)
