@@ -1,4 +1,4 @@
-"""The utility modes of convert_to_quant. Each is a recipe of one stage here, so that its flags are that stage's options."""
+"""The utility modes of convert_to_quant: each is a recipe of one stage here, its flags that stage's options."""
 
 from __future__ import annotations
 
