@@ -5,11 +5,15 @@ Names are written with dashes; the command accepts underscores in their place.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 from ..stages.presets import load_presets
+
+Options = Mapping[str, Any]
+"""Options that were given, by ``Flag.option``."""
 
 FORMATS = ("fp8", "int8", "mxfp8", "nvfp4")
 SCALING_MODES = ("tensor", "row", "block", "block3d", "block2d")

@@ -12,13 +12,11 @@ from ..formats.errors import UsageError
 from ..stages.presets import load_presets
 from ..stages.rules import Rule
 from ..stages.stage import make_stage
-from .compat_flags import all_flags
+from .compat_flags import Options, all_flags
 from .compat_layers import Inherited, LayerConfig, read_layer_config, scaling_of
+from .compat_modes import MODES, mode_notes, mode_of
 from .recipe import Output, Recipe, Run
 from .sizes import parse_size
-
-Options = Mapping[str, Any]
-"""Options that were given, by ``Flag.option``."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +31,9 @@ class Translation:
 def translate(options: Options) -> Translation:
     """Raises UsageError for flags that this program cannot honour, or that contradict each other."""
     _refuse(options)
+    if mode := mode_of(options):
+        stage = make_stage(MODES[mode].verb, MODES[mode].stage_options(options))
+        return Translation(_without_stages(options).with_stage(stage), tuple(mode_notes(mode, options)))
     inherited = _inherited(options)
     config = LayerConfig()
     if "layer_config" in options:
@@ -48,9 +49,7 @@ def translate(options: Options) -> Translation:
     }  # fmt: skip
     chosen = [quantize, *(rule.settings for rule in rules), *([fallback] if fallback else [])]
     _check_rotation(options, chosen)
-    output = options.get("output") or automatic_output(options)
-    run = Run(parse_size(options.get("memory"), "--memory"), options.get("workers"), options.get("device", "cpu"))
-    recipe = Recipe((options["input"],), (), Output(output, overwrite="overwrite" in options), run)
+    recipe = _without_stages(options)
     for verb, values in (("target", target), ("quantize", quantize)):
         recipe = recipe.with_stage(make_stage(verb, values))
     notes = _notes(options, chosen)
@@ -59,8 +58,17 @@ def translate(options: Options) -> Translation:
     return Translation(recipe, tuple(notes))
 
 
+def _without_stages(options: Options) -> Recipe:
+    """Input, output, and how to run."""
+    output = options.get("output") or automatic_output(options)
+    run = Run(parse_size(options.get("memory"), "--memory"), options.get("workers"), options.get("device", "cpu"))
+    return Recipe((options["input"],), (), Output(output, overwrite="overwrite" in options), run)
+
+
 def automatic_output(options: Options) -> str:
     """The name that convert_to_quant gives to an output; for rotated INT8, that of the row scales which it has here."""
+    if mode := mode_of(options):
+        return f"{base_name(options['input'])}_{MODES[mode].ending}.safetensors"
     base, primary = base_name(options["input"]), _primary(options)
     rounding = "simple" if "simple" in options else "learned"
     mixed = "mixed" if "custom_layers" in options or any(name in options for name in load_presets()) else ""
