@@ -24,7 +24,25 @@ class Mode:
     """Options of the command line that mean something to it, beside ``EVERY_RUN``."""
 
 
-MODES: dict[str, Mode] = {}
+def _actcal(options: Options) -> dict[str, Any]:
+    flags = {"statistics": "statistics", "lora": "actcal_lora", "file": "input_scales"}
+    sources = {option: options.get(flag) for option, flag in flags.items()}
+    if not any(sources.values()):
+        raise UsageError(
+            "--actcal: random inputs say nothing of how large real ones are, and no scale at all is better than one "
+            "made of them. Give measured inputs (--statistics STORE, from `quantloom calibrate`), numbers "
+            "(--input-scales FILE) or an adapter (--actcal-lora FILE)"
+        )
+    measured = sources["statistics"] or sources["lora"]
+    percentile = str(options.get("actcal_percentile", 99.9)).removesuffix(".0")
+    return {**sources, "input_scale": f"p{percentile}" if measured else None}
+
+
+MODES: dict[str, Mode] = {
+    "actcal": Mode(
+        "input_scales", "calibrated", _actcal, ("actcal_percentile", "actcal_lora", "statistics", "input_scales")
+    ),
+}
 """By the option that asks for it."""
 
 EVERY_RUN = frozenset((
