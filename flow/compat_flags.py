@@ -143,8 +143,8 @@ _MODES = (
     Flag("--scaled-fp8-marker", "With --cleanup-fp8-scaled.", ("0", "2"), needs="cleanup_fp8_scaled"),
     Flag("--actcal", "Store activation scales in a model that is quantized already, from --statistics, --input-scales "
          "or --actcal-lora; random inputs give none."),
-    Flag("--actcal-percentile", "With --actcal: percentile of inputs that meets the largest code. Default: 99.9.",
-         float, needs="actcal"),
+    Flag("--actcal-percentile", "With --actcal: percentile of inputs that meets the largest code. Default: the largest "
+         "input of --statistics, 99.9 with --actcal-lora.", float, needs="actcal"),
     Flag("--actcal-lora", "With --actcal: a LoRA whose down factors tell the directions of inputs; their size is "
          "assumed.", str, needs="actcal"),
     Flag("--statistics", "With --actcal: statistics of inputs, from quantloom calibrate (not in convert_to_quant).",

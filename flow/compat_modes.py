@@ -33,9 +33,8 @@ def _actcal(options: Options) -> dict[str, Any]:
             "made of them. Give measured inputs (--statistics STORE, from `quantloom calibrate`), numbers "
             "(--input-scales FILE) or an adapter (--actcal-lora FILE)"
         )
-    measured = sources["statistics"] or sources["lora"]
-    percentile = str(options.get("actcal_percentile", 99.9)).removesuffix(".0")
-    return {**sources, "input_scale": f"p{percentile}" if measured else None}
+    percentile = options.get("actcal_percentile")
+    return {**sources, "input_scale": None if percentile is None else f"p{percentile}".removesuffix(".0")}
 
 
 MODES: dict[str, Mode] = {

@@ -11,7 +11,7 @@ from ..formats.adapter_reading import down_factors
 from ..formats.errors import PlanError, UsageError, listed
 from ..formats.source import open_source
 from ..formats.tensors import TensorRef
-from .adapter_inputs import channel_energy, percentile
+from .adapter_inputs import HEADROOM, channel_energy, percentile
 from .evidence import NAMED, Evidence, activation_scale, percent
 from .layer_names import LayerNames
 from .scale_files import ScaleFile
@@ -20,6 +20,9 @@ from .work import LayerPlan
 
 if TYPE_CHECKING:
     import torch
+
+_MUCH = 2.0
+"""Inputs that are cut down to less than half are worth a warning."""
 
 Plans = Mapping[str, LayerPlan]
 """Quantized layers by name."""
@@ -90,11 +93,20 @@ class Measured:
         """UsageError for a norm prior, which knows no values."""
         self.evidence.check(layers)
         found = {}
+        clipped: dict[str, float] = {}
         for name, plan in takers.items():
             assert plan.layer.encoding is not None
-            scale = self.evidence.input_scale(name, self.wanted, plan.layer.encoding.build())
+            fmt = plan.layer.encoding.build()
+            scale = self.evidence.input_scale(name, self.wanted, fmt)
             if scale is not None:
                 found[name] = Found(scale, f"{self.wanted} of statistics")
+                clipped[name] = activation_scale(self.evidence.statistics.amax(name), fmt) / scale
+        worst = max(clipped, key=clipped.__getitem__, default="")
+        if worst and clipped[worst] > _MUCH:
+            context.warnings.append(
+                f"{self.wanted} clips: {worst} has seen inputs {clipped[worst]:.3g} times as large as what its scale "
+                "lets through; amax clips none of them, and FP8 and NVFP4 have range to spare"
+            )
         return found
 
 
@@ -149,6 +161,6 @@ class AdapterDirections:
         q = percent(self.wanted)
         assert q is not None
         assert plan.layer.encoding is not None
-        largest = percentile(energy, self.rms, q)
-        words = f"{self.wanted} of an adapter's directions at RMS {self.rms:g}"
+        largest = HEADROOM * percentile(energy, self.rms, q)
+        words = f"{HEADROOM:g} times {self.wanted} of an adapter's directions at RMS {self.rms:g}"
         return Found(activation_scale(largest, plan.layer.encoding.build()), words, assumed=True)

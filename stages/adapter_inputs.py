@@ -8,7 +8,8 @@ that A does not look at are left out: nothing is known of them. Then channel j i
 
 and the share of |x| over all channels that does not exceed t is mean_j erf(t / (sigma_j sqrt 2)), which grows with t:
 a percentile is where it is q / 100. Nothing is drawn at random. Only the directions come from the adapter; how long
-inputs are is assumed, and real ones have heavier tails than a Gaussian: measured statistics are better.
+inputs are is assumed, and real ones have far heavier tails than a Gaussian, so that scales leave room for inputs of
+``HEADROOM`` times the percentile: FP8 and the block scales of NVFP4 have range to spare, while what is clipped is lost.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from ..formats.errors import CheckpointError
 from ..formats.tensors import TensorRef
 from .reading import read_whole
 
+HEADROOM = 16.0
+"""Room above the percentile. benchmarks/activation_scales.py shows what less and more of it does."""
 _HALVINGS = 64
 """Of the interval in which the percentile lies: float64 tells no more apart."""
 

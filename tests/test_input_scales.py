@@ -23,8 +23,9 @@ from quantloom.flow.report import Report
 from quantloom.flow.verify import verify
 from quantloom.formats.errors import CheckpointError, PlanError, QuantloomError, UsageError
 from quantloom.stages.accumulate import Sums
-from quantloom.stages.adapter_inputs import percentile
+from quantloom.stages.adapter_inputs import HEADROOM, percentile
 from quantloom.stages.layer_names import LayerNames
+from quantloom.stages.statistics import Statistics
 from quantloom.stages.statistics_store import write_store
 
 Cli = Callable[..., Ran]
@@ -126,6 +127,15 @@ def test_a_percentile_of_the_input(tmp_path: Path, statistics: str) -> None:
         x = inputs(WIDTHS[name]).abs().flatten().double()
         assert scale == pytest.approx(float(x.quantile(0.999)) / 448, rel=0.0625)
         assert scale < float(x.max()) / 448
+
+
+def test_a_percentile_that_clips_much_is_warned_of(tmp_path: Path, statistics: str) -> None:
+    source, found = quantize(tmp_path), Statistics.open(statistics)
+    (warning,) = calibrated(source, statistics=statistics, input_scale="p90").warnings
+    ratios = {name: found.amax(name) / found.percentile(name, 90) for name in WIDTHS}
+    worst = max(ratios, key=ratios.__getitem__)
+    assert warning.startswith(f"p90 clips: {worst} has seen inputs {ratios[worst]:.3g} times as large")
+    assert not calibrated(source, statistics=statistics).warnings
 
 
 def test_it_is_made_of_the_input_not_of_output_or_weight(tmp_path: Path, statistics: str) -> None:
@@ -386,10 +396,10 @@ def test_equal_channels_give_the_percentile_of_a_normal(tmp_path: Path) -> None:
     down = torch.ones(3, 128).copysign(torch.randn(3, 128))
     source = quantize(tmp_path)
     report = calibrated(source, lora=adapter(tmp_path, down))
-    assert scales(report.output) == {UP: pytest.approx(3.290527 / 448, rel=1e-5)}
+    assert scales(report.output) == {UP: pytest.approx(HEADROOM * 3.290527 / 448, rel=1e-5)}
     assert "suppose how large inputs are" in report.warnings[0]
     report = calibrated(source, lora=adapter(tmp_path, down * 100), lora_rms=5.0, input_scale="p95")
-    assert scales(report.output) == {UP: pytest.approx(1.959964 * 5 / 448, rel=1e-5)}
+    assert scales(report.output) == {UP: pytest.approx(HEADROOM * 1.959964 * 5 / 448, rel=1e-5)}
 
 
 def test_the_directions_count(tmp_path: Path) -> None:
@@ -397,7 +407,7 @@ def test_the_directions_count(tmp_path: Path) -> None:
     down = torch.full((2, 128), 1e-6)
     down[:, 7] = 1.0
     wide = scales(calibrated(quantize(tmp_path), lora=adapter(tmp_path, down), input_scale="p99.9").output)[UP]
-    assert wide > 1.3 * 3.29 / 448
+    assert wide > 1.3 * HEADROOM * 3.29 / 448
 
 
 @settings(max_examples=30, deadline=None)
@@ -464,7 +474,7 @@ def test_the_best_source_wins(tmp_path: Path, statistics: str) -> None:
     report = calibrated(quantize(tmp_path), **sources, input_scale="p99")
     assert dict(report.changed) == {
         "activation scale added: p99 of statistics": 3, "activation scale added: from a file": 1,
-        "activation scale added: p99 of an adapter's directions at RMS 1": 1,
+        "activation scale added: 16 times p99 of an adapter's directions at RMS 1": 1,
     }  # fmt: skip
     assert scales(report.output)[ODD] == 42
     assert "1 activation scales suppose" in report.warnings[0]
@@ -541,15 +551,20 @@ def test_actcal_makes_no_scale_of_random_inputs(tmp_path: Path, capsys: pytest.C
 
 
 def test_actcal(tmp_path: Path, statistics: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Statistics of inputs, at the percentile of the original; metadata stays, which the original loses."""
+    """Statistics of inputs; metadata stays, which the original loses."""
     source = quantize(tmp_path)
-    flags = ("--actcal-samples", 8, "--actcal_device", "cpu")
+    flags: tuple[object, ...] = ("--actcal-samples", 8, "--actcal_device", "cpu")
     assert convert_to_quant("-i", source, "--actcal", "--statistics", statistics, *flags) == 0
     assert "without effect beside --actcal: --actcal-samples, --actcal-device" in capsys.readouterr().err
     made = tmp_path / "fp8_calibrated.safetensors"
-    assert scales(made) == scales(calibrated(source, statistics=statistics, input_scale="p99.9").output)
+    assert scales(made) == scales(calibrated(source, statistics=statistics).output)
     assert contents(made) == contents(source)
     assert "_quantization_metadata" in contents(made)[1]
+    flags = ("-o", tmp_path / "p.safetensors", "--actcal-percentile", 99.0)
+    assert convert_to_quant("-i", source, "--actcal", "--statistics", statistics, *flags) == 0
+    assert scales(tmp_path / "p.safetensors") == scales(
+        calibrated(source, statistics=statistics, input_scale="p99").output
+    )
 
 
 def test_actcal_with_an_adapter_or_numbers(tmp_path: Path) -> None:
