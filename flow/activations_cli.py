@@ -21,13 +21,13 @@ _SOURCES: Options = [
                  help="Statistics of the layers' inputs, from `quantloom calibrate` on the original model."),
     click.option("--input-scale", metavar="amax|p99.9",
                  help="What of an input meets the largest code: the largest one (default with --statistics) or a "
-                 "percentile (p99.9 is the default with --lora)."),
+                 "percentile, which clips (p99.9 is the default with --lora)."),
     click.option("--input-scales", "file", metavar="FILE",
                  help="Scales by layer: JSON {layer: number}, or a checkpoint with .input_scale tensors. They win over "
                  "the others."),
     click.option("--lora", metavar="FILE",
                  help="A LoRA, for layers without statistics: inputs are supposed to point where its down factors do. "
-                 "Their size is an assumption (--lora-rms)."),
+                 "Their size is an assumption (--lora-rms), and 16 times the percentile has room."),
     click.option("--lora-rms", type=float, metavar="X",
                  help="Root mean square of inputs that --lora goes by. Default: 1, as behind a norm without weights."),
     click.option("--filter", metavar="REGEX", help="Only layers that match."),
