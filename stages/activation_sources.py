@@ -21,9 +21,6 @@ from .work import LayerPlan
 if TYPE_CHECKING:
     import torch
 
-_MUCH = 2.0
-"""Inputs that are cut down to less than half are worth a warning."""
-
 Plans = Mapping[str, LayerPlan]
 """Quantized layers by name."""
 
@@ -37,6 +34,8 @@ class Found:
     """Where it is from, for plans and reports."""
     assumed: bool = False
     """Whether the size of inputs was not measured."""
+    clips: float = 1.0
+    """How many times as large as what the scale lets through the largest input was."""
 
 
 class Source(Protocol):
@@ -93,20 +92,13 @@ class Measured:
         """UsageError for a norm prior, which knows no values."""
         self.evidence.check(layers)
         found = {}
-        clipped: dict[str, float] = {}
         for name, plan in takers.items():
             assert plan.layer.encoding is not None
             fmt = plan.layer.encoding.build()
             scale = self.evidence.input_scale(name, self.wanted, fmt)
             if scale is not None:
-                found[name] = Found(scale, f"{self.wanted} of statistics")
-                clipped[name] = activation_scale(self.evidence.statistics.amax(name), fmt) / scale
-        worst = max(clipped, key=clipped.__getitem__, default="")
-        if worst and clipped[worst] > _MUCH:
-            context.warnings.append(
-                f"{self.wanted} clips: {worst} has seen inputs {clipped[worst]:.3g} times as large as what its scale "
-                "lets through; amax clips none of them, and FP8 and NVFP4 have range to spare"
-            )
+                clips = activation_scale(self.evidence.statistics.amax(name), fmt) / scale
+                found[name] = Found(scale, f"{self.wanted} of statistics", clips=clips)
         return found
 
 

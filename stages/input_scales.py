@@ -20,6 +20,9 @@ from .scale_files import INPUT_SCALE, ScaleFile
 from .stage import Context
 from .work import LayerPlan
 
+_MUCH = 2.0
+"""Inputs that are cut down to less than half are worth a warning."""
+
 
 @dataclass(frozen=True)
 class InputScales:
@@ -183,6 +186,12 @@ def _announce(takers: Mapping[str, LayerPlan], found: Mapping[str, Found], conte
         context.warnings.append(
             f"{len(assumed)} activation scales suppose how large inputs are: an adapter tells where they point, not "
             "how long they are. Statistics of real inputs are better; a scale that is far too small clips"
+        )
+    worst = max(found, key=lambda name: found[name].clips)
+    if found[worst].clips > _MUCH:
+        context.warnings.append(
+            f"percentiles clip: {worst} has seen inputs {found[worst].clips:.3g} times as large as what its scale lets "
+            "through; amax clips none of them, and FP8 and NVFP4 have range to spare"
         )
     unread = [name for name in found if flat(takers[name].layer.marker or {}).get("full_precision_matrix_mult")]
     if unread:

@@ -134,7 +134,7 @@ def test_a_percentile_that_clips_much_is_warned_of(tmp_path: Path, statistics: s
     (warning,) = calibrated(source, statistics=statistics, input_scale="p90").warnings
     ratios = {name: found.amax(name) / found.percentile(name, 90) for name in WIDTHS}
     worst = max(ratios, key=ratios.__getitem__)
-    assert warning.startswith(f"p90 clips: {worst} has seen inputs {ratios[worst]:.3g} times as large")
+    assert warning.startswith(f"percentiles clip: {worst} has seen inputs {ratios[worst]:.3g} times as large")
     assert not calibrated(source, statistics=statistics).warnings
 
 
