@@ -14,6 +14,7 @@ import click
 from .. import __version__
 from ..formats.registry import FORMATS
 from . import console
+from .activations_cli import calibrate_activations
 from .calibrate_cli import calibrate
 from .dequantize_cli import dequantize
 from .edit_cli import edit
@@ -81,7 +82,7 @@ def _unused_name() -> str:
     return name
 
 
-for command in (extract_lora, calibrate, dequantize, edit):
+for command in (extract_lora, calibrate, calibrate_activations, dequantize, edit):
     cli.add_command(command)
 
 

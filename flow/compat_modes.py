@@ -25,7 +25,23 @@ class Mode:
     """Options of the command line that mean something to it, beside ``EVERY_RUN``."""
 
 
+def _actcal(options: Options) -> dict[str, Any]:
+    flags = {"statistics": "statistics", "lora": "actcal_lora", "file": "input_scales"}
+    sources = {option: options.get(flag) for option, flag in flags.items()}
+    if not any(sources.values()):
+        raise UsageError(
+            "--actcal: random inputs say nothing of how large real ones are, and no scale at all is better than one "
+            "made of them. Give measured inputs (--statistics STORE, from `quantloom calibrate`), numbers "
+            "(--input-scales FILE) or an adapter (--actcal-lora FILE)"
+        )
+    percentile = options.get("actcal_percentile")
+    return {**sources, "input_scale": None if percentile is None else f"p{percentile}".removesuffix(".0")}
+
+
 MODES: dict[str, Mode] = {
+    "actcal": Mode(
+        "input_scales", "calibrated", _actcal, ("actcal_percentile", "actcal_lora", "statistics", "input_scales")
+    ),
     "edit_quant": Mode("edit", "edited", edit_options, EDITING),
 }
 """By the option that asks for it."""

@@ -143,6 +143,7 @@ def _quantize(options: Options, inherited: Inherited, config: LayerConfig) -> di
         "rounding": _rounding("simple" in options),
         "full_precision_matmul": "full_precision_matrix_mult" in options,
         "nonfinite": options.get("nonfinite", "refuse"),
+        "input_scales": options.get("input_scales"),
     }
     settings = {**settings, **(config.default or {})}
     return {**settings, "input_scale": None, **_input_scale(options, settings)}

@@ -53,6 +53,9 @@ TARGETING: Options = [
     click.option("--input-scale", metavar="X|amax|p99.9",
                  help="Store a static activation scale with FP8 and NVFP4 layers: a number, or the largest input (or a "
                  "percentile) of the statistics."),
+    click.option("--input-scales", metavar="FILE",
+                 help="Activation scales of single layers, which win: JSON {layer: number}, or a checkpoint with "
+                 ".input_scale tensors."),
     click.option("--full-precision-matmul/--no-full-precision-matmul", default=None,
                  help="Mark layers so that the client multiplies in full precision."),
     click.option("--nonfinite", metavar="refuse|keep",
@@ -130,7 +133,7 @@ TALKING: Options = [
 
 _QUANTIZE = (
     "scaling", "block_size", "rotate", "rounding", "statistics", "without_statistics", "bias_correction", "input_scale",
-    "full_precision_matmul", "nonfinite",
+    "input_scales", "full_precision_matmul", "nonfinite",
 )  # fmt: skip
 _OF_ONE_FORMAT = ("scaling", "block_size", "rotate", "input_scale")
 """Settings of a recipe that mean nothing once ``--format`` names another format."""

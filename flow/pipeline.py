@@ -93,6 +93,10 @@ class Pipeline:
                  rebuild_header: bool = False) -> Pipeline:  # fmt: skip
             """Edits what a quantized checkpoint says of its layers; see ``quantloom.stages.edit.Edit``."""
 
+        def input_scales(self, *, statistics: str | None = None, input_scale: str | None = None,
+                         file: str | None = None, lora: str | None = None, **options: Any) -> Pipeline:  # fmt: skip
+            """Stores activation scales; see ``quantloom.stages.input_scales.InputScales``."""
+
     def __getattr__(self, verb: str) -> Callable[..., Pipeline]:
         if verb.startswith("_"):
             raise AttributeError(verb)

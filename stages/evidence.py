@@ -16,6 +16,23 @@ from .work import LayerPlan
 NAMED = 12
 """So many names stand in one message."""
 
+TAKE_INPUT_SCALES = ("fp8", "fp8_e5m2", "nvfp4")
+"""Formats whose layers may have an activation scale."""
+_PERCENTILE = re.compile(r"p([0-9]{1,2}(?:\.[0-9]+)?|100)")
+
+
+def activation_scale(largest_input: float, fmt: Format) -> float:
+    """The scale that brings an input of this magnitude onto the format's largest code: 448 in FP8, 57344 in E5M2,
+    6 * 448 in NVFP4, whose blocks have an E4M3 scale of their own."""
+    largest = fmt.element.largest * (E4M3.largest if fmt.name == "nvfp4" else 1.0)
+    return max(largest_input, TINY) / largest
+
+
+def percent(wanted: str) -> float | None:
+    """99.9 for ``p99.9``, 100 for ``amax``; None for what is neither."""
+    match = _PERCENTILE.fullmatch(wanted)
+    return 100.0 if wanted == "amax" else float(match[1]) if match else None
+
 
 class Evidence:
     """An opened store beside the layers of one checkpoint."""
@@ -65,24 +82,24 @@ class Evidence:
             )
 
     def input_scale(self, name: str, wanted: float | str | None, fmt: Format) -> float | None:
-        """The activation scale that brings the layer's largest input, or a percentile of it, onto the largest code."""
+        """The activation scale that brings the layer's largest input, or a percentile of it, onto the largest code;
+        None where nothing is known of the input, or that it was always zero."""
         if not isinstance(wanted, str):
             return wanted
         if name not in self.statistics:
             return None
         statistics = self.statistics
         amax = statistics.amax(name) if wanted == "amax" else statistics.percentile(name, float(wanted[1:]))
-        largest = fmt.element.largest * (E4M3.largest if fmt.name == "nvfp4" else 1.0)
-        return max(amax, TINY) / largest
+        return activation_scale(amax, fmt) if amax > 0 else None
 
 
 def check_input_scale(value: float | str | None, fmt: Format, statistics: str | None) -> None:
     """UsageError for an activation scale that is none, or that nothing reads."""
     if value is None:
         return
-    if fmt.name not in ("fp8", "fp8_e5m2", "nvfp4"):
+    if fmt.name not in TAKE_INPUT_SCALES:
         raise UsageError(f"an input scale belongs to FP8 and NVFP4 layers, not to {fmt.name}; drop it")
-    if isinstance(value, str) and (value == "amax" or re.fullmatch(r"p[0-9]{1,2}(\.[0-9]+)?|p100", value)):
+    if isinstance(value, str) and percent(value) is not None:
         if statistics is None:
             raise UsageError(f"input scale {value!r} comes from statistics: name them, or give a number")
         return

@@ -28,9 +28,9 @@ def keep(layer: Layer, reason: str) -> LayerPlan:
     """
     encoding = layer.encoding
     if encoding is None or encoding.dialect == "plain-fp8":
-        return _copy(layer, reason)
+        return renamed(layer, reason)
     if layer.marker is not None and _describes(layer.marker, encoding) and _legacy_input_scale(layer) is not None:
-        return _copy(layer, reason)
+        return renamed(layer, reason)
     why = f"{reason}; decoded from {encoding.dialect} {encoding.format[0]} to {layer.weight.dtype}"
     return decoded(layer, layer.weight, reason=why)
 
@@ -47,7 +47,14 @@ def _describes(marker: Mapping[str, Any], encoding: Encoding) -> bool:
     return label == format_string(encoding.build()) or (encoding.scales is not None and encoding.scales.numel == 1)
 
 
-def _copy(layer: Layer, reason: str) -> LayerPlan:
+def verbatim(layer: Layer, reason: str = "") -> LayerPlan:
+    """The plan of a layer that is copied byte for byte, whatever it holds: for stages that only edit."""
+    names = tuple((ref.name, ref.name) for ref in layer.tensors)
+    outputs = tuple(TensorSpec(ref.name, ref.dtype, ref.shape) for ref in layer.tensors)
+    return LayerPlan(layer, (Copy(names), Write()), outputs, reason=reason, entry=layer.marker)
+
+
+def renamed(layer: Layer, reason: str = "") -> LayerPlan:
     """Copies every tensor, legacy ones under their new names; the marker is written anew, equal to the header's."""
     legacy = layer.encoding is not None and layer.encoding.dialect == "legacy"
     names = []
@@ -62,10 +69,22 @@ def _copy(layer: Layer, reason: str) -> LayerPlan:
     outputs = [TensorSpec(output, ref.dtype, ref.shape) for ref, output in names]
     copy = Copy(tuple((ref.name, output) for ref, output in names))
     plan = LayerPlan(layer, (copy, Write()), tuple(outputs), reason=reason, entry=layer.marker)
-    if layer.marker is None:
-        return plan
-    constant = marker_tensor(layer.name, layer.marker)
-    return replace(plan, outputs=(*plan.outputs, constant[0]), constants=(constant,))
+    return plan if layer.marker is None else with_tensor(plan, marker_tensor(layer.name, layer.marker))
+
+
+def with_tensor(plan: LayerPlan, constant: tuple[TensorSpec, bytes]) -> LayerPlan:
+    """The plan of a copied layer with one more tensor, whose bytes are known; in place of one of that name."""
+    plan = without_tensor(plan, constant[0].name)
+    return replace(plan, outputs=(*plan.outputs, constant[0]), constants=(*plan.constants, constant))
+
+
+def without_tensor(plan: LayerPlan, name: str) -> LayerPlan:
+    """The plan of a copied layer that leaves out one output, if it has it."""
+    copy = plan.steps[0]
+    assert isinstance(copy, Copy)
+    steps = (Copy(tuple(pair for pair in copy.names if pair[1] != name)), *plan.steps[1:])
+    outputs = tuple(spec for spec in plan.outputs if spec.name != name)
+    return replace(plan, steps=steps, outputs=outputs)
 
 
 def _legacy_input_scale(layer: Layer) -> float | None:

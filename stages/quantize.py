@@ -14,9 +14,10 @@ from ..formats.registry import make_format
 from ..formats.rotation import is_power_of_four, rotation_group
 from ..formats.tensors import FLOAT_DTYPES, TensorRef
 from .chain import Choice, quantized
-from .evidence import NAMED, Evidence, check_input_scale
+from .evidence import NAMED, TAKE_INPUT_SCALES, Evidence, check_input_scale
 from .keeping import keep
 from .methods import ROUNDINGS, make_method
+from .scale_files import ScaleFile
 from .stage import Context
 from .work import LayerPlan
 
@@ -58,6 +59,8 @@ class Quantize:
     input_scale: float | str | None = None
     """A static activation scale to store with FP8 and NVFP4 layers: a number, or from the statistics ``amax`` or a
     percentile such as ``p99.9``."""
+    input_scales: str | None = None
+    """A file of such scales by layer, JSON or ``.input_scale`` tensors; they win over ``input_scale``."""
     nonfinite: str = "refuse"
     """What a NaN or Inf weight does: ``refuse`` the conversion, or ``keep`` that layer unquantized."""
 
@@ -80,16 +83,19 @@ class Quantize:
         values = self.to_dict()
         if self.statistics is not None:
             values["statistics"] = Evidence.open(self.statistics).digest
+        if self.input_scales is not None:
+            values["input_scales"] = ScaleFile.open(self.input_scales).digest
         return values
 
     def plan(self, layers: Sequence[LayerPlan], context: Context) -> list[LayerPlan]:
-        """Raises PlanError when no layer at all can be quantized, or the statistics do not fit the checkpoint;
-        UsageError for a rule's impossible settings."""
+        """Raises PlanError when no layer at all can be quantized, or statistics or a file of activation scales do not
+        fit the checkpoint; UsageError for a rule's impossible settings."""
         evidence = None
         if self.statistics is not None:
             evidence = Evidence.open(self.statistics)
             evidence.check(layers)
-        planner = _Planner(self, evidence, context, {plan.layer.name: plan for plan in layers})
+        numbers = {} if self.input_scales is None else ScaleFile.open(self.input_scales).of(layers)
+        planner = _Planner(self, evidence, numbers, context, {plan.layer.name: plan for plan in layers})
         planned = [plan if plan.settings is None else planner.plan(plan) for plan in layers]
         if not any(layer.format for layer in planned):
             reasons = Counter(layer.reason for layer in planned if layer.reason)
@@ -97,6 +103,11 @@ class Quantize:
             why = most or "it has no linear layers"
             raise PlanError(f"nothing to quantize to {self.format}: {why}. Change the target, format or block size")
         planner.announce()
+        if idle := [name for name in numbers if name not in planner.scaled]:
+            context.notes.append(
+                f"{self.input_scales}: scales of {len(idle)} layers are not used, which do not become FP8 or NVFP4: "
+                f"{listed(idle, NAMED)}"
+            )
         return [plan for plan in planned if plan.layer.name not in planner.corrected]
 
     def merged(self, overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -128,13 +139,16 @@ class _Planner:
     """One pass over the layers."""
 
     def __init__(
-        self, stage: Quantize, evidence: Evidence | None, context: Context, layers: Mapping[str, LayerPlan]
-    ) -> None:
-        self.stage, self.evidence, self.context, self.layers = stage, evidence, context, layers
+        self, stage: Quantize, evidence: Evidence | None, numbers: Mapping[str, float], context: Context,
+        layers: Mapping[str, LayerPlan],
+    ) -> None:  # fmt: skip
+        self.stage, self.evidence, self.numbers, self.context, self.layers = stage, evidence, numbers, context, layers
         self.corrected: set[str] = set()
         """Biases that are written with their weights."""
         self.missing: list[str] = []
         """Layers without statistics."""
+        self.scaled: set[str] = set()
+        """Layers with an activation scale of their own."""
 
     def plan(self, plan: LayerPlan) -> LayerPlan:
         """The chain of a targeted layer, or why it is kept."""
@@ -160,6 +174,9 @@ class _Planner:
             bias = self._bias(plan, self.evidence) if self.stage.bias_correction and name in self.evidence else None
             inputs = self.evidence.inputs(name, rotation, centred=bias is not None)
             scale = self.evidence.input_scale(name, scale, fmt)
+        if name in self.numbers and fmt.name in TAKE_INPUT_SCALES:
+            scale = self.numbers[name]
+            self.scaled.add(name)
         return Choice(
             fmt, chosen["rounding"], chosen["rounding_options"], rotation, chosen["full_precision_matmul"], scale,
             inputs, bias,

@@ -19,6 +19,7 @@ _STAGES: dict[str, str] = {
     "quantized_as": "quantized_as:QuantizedAs",
     "lora": "lora:Lora",
     "dequantize": "dequantize:Dequantize",
+    "input_scales": "input_scales:InputScales",
     "edit": "edit:Edit",
 }
 """verb -> ``module:class``, in the order in which they plan."""
