@@ -15,7 +15,7 @@ from .statistics import Moments
 Projection = Callable[[torch.Tensor], torch.Tensor]
 """U^T E V (k, k) of an error E (m, n)."""
 
-_ROWS = {"cpu": 1 << 22, "cuda": 1 << 26}
+ROWS = {"cpu": 1 << 22, "cuda": 1 << 26}
 """Weights that are compared at a time."""
 
 
@@ -51,7 +51,7 @@ def nearest_scales(fmt: Format, weight: torch.Tensor) -> Scales:
 
 def row_ranges(weight: torch.Tensor, multiple: int) -> Iterator[slice]:
     """Ranges of whole tiles of rows, small enough for temporaries of their size."""
-    step = max(1, _ROWS[weight.device.type] // max(1, weight.shape[1] * multiple)) * multiple
+    step = max(1, ROWS[weight.device.type] // max(1, weight.shape[1] * multiple)) * multiple
     for start in range(0, weight.shape[0], step):
         check_here()
         yield slice(start, min(start + step, weight.shape[0]))

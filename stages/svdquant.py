@@ -16,7 +16,7 @@ from .counter import seed_of
 from .extract import Energies
 from .inputs import Inputs
 from .low_rank import Weighting, low_rank, memory_of_low_rank
-from .quality import nearest_scales
+from .quality import ROWS, nearest_scales, row_ranges
 from .reading import row_chunks
 from .scaling import refuse_nonfinite
 from .work import Chunk, Environment, LayerPlan, Stream, Work
@@ -70,28 +70,35 @@ class TakeOut:
         target, seed = weight, seed_of(work.plan.layer.name)
         for _ in range(_ROUNDS):
             up, down, _ = low_rank(target, self.rank, seed, weighting)
-            residual = weight - up @ down
-            lost = _lost(fmt, residual)
-            loss = _loss(lost, hessian)
+            del target  # whatever is not needed goes before the next matrix of its size comes
+            residual = torch.addmm(weight, up, down, alpha=-1)
+            target = _lost(fmt, residual)
+            loss = _loss(target, hessian)
             if loss < least:
                 best, least = residual, loss
-            target = lost.addmm_(up, down)  # the weight without what rounding stored
+            del residual
+            target.addmm_(up, down)  # the weight without what rounding stored
         return best
 
     def memory(self, plan: LayerPlan, environment: Environment) -> int:
-        """Weight, what is left of it, the best so far, its rounding and their difference; the statistics twice."""
+        """Weight, what is left of it, the best so far, and what rounding takes; another one where columns are padded,
+        and a range of rows as it is rounded; the statistics twice."""
         rows, columns = plan.layer.weight.shape
         width = make_format(*self.format).columns(columns)
         statistics = 8 * width**2 if self.inputs else 0
-        return 24 * rows * width + statistics + memory_of_low_rank((rows, columns), self.rank)
+        held = (16 if width == columns else 20) * rows * width + 24 * min(rows * width, ROWS["cpu"])
+        return held + statistics + memory_of_low_rank((rows, columns), self.rank)
 
 
 def _lost(fmt: Format, x: torch.Tensor) -> torch.Tensor:
     """Float32 (m, n): what rounding to nearest takes from weights."""
-    columns = x.shape[1]
-    padded = torch.nn.functional.pad(x, (0, fmt.columns(columns) - columns)).contiguous()
-    rounded = fmt.snap_(padded.clone(), nearest_scales(fmt, padded))
-    return x - rounded[:, :columns]
+    columns, width = x.shape[1], fmt.columns(x.shape[1])
+    padded = x if width == columns else torch.nn.functional.pad(x, (0, width - columns))
+    scales, lost = nearest_scales(fmt, padded), torch.empty_like(x)
+    for rows in row_ranges(padded, fmt.rows_multiple):
+        rounded = fmt.snap_(padded[rows].clone(), fmt.rows(scales, rows.start, rows.stop))
+        torch.sub(x[rows], rounded[:, :columns], out=lost[rows])
+    return lost
 
 
 def _loss(error: torch.Tensor, hessian: torch.Tensor | None) -> float:

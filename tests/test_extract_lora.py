@@ -365,3 +365,27 @@ def test_files_that_are_no_adapter(checkpoint: Path, quantized: Path, tmp_path: 
             verify(str(quantized), str(checkpoint), adapter=str(changed))
     with pytest.raises(CheckpointError, match="does not exist"):
         verify(str(quantized), str(checkpoint), adapter=str(tmp_path / "none.safetensors"))
+
+
+# -- on a GPU ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
+@pytest.mark.parametrize("kind", ["fp8 block", "int8 rotated", "mxfp8", "nvfp4"])
+@pytest.mark.parametrize("method", ["svd", "weighted", "svdquant"])
+def test_a_gpu_brings_as_much(kind: str, method: str, checkpoint: Path, store: Path, tmp_path: Path) -> None:  # noqa: F811
+    """By both doors: errors as on a CPU, to what float32 products differ by."""
+    lora, found = {**RANK_8, "method": method}, []
+    for device in ("cpu", "cuda"):
+        model = tmp_path / f"{device}.safetensors"
+        pipeline = Pipeline(device=device).read(checkpoint).target(preset="none")
+        reports = [pipeline.quantize(**FORMATS[kind], statistics=str(store)).lora(**lora).write(model)]
+        if method != "svdquant":
+            again = tmp_path / f"{device}-again.safetensors"
+            reports.append(extract(checkpoint, model, again, lora, device=device, statistics=str(store)))
+        assert verify(str(model), str(checkpoint), adapter=str(tmp_path / f"{device}_lora.safetensors")).ok
+        found += [[layer.gain.after.output for layer in report.layers if layer.gain] for report in reports]
+    assert all(len(values) == 7 for values in found)
+    for values in found[1:]:
+        assert values == pytest.approx(found[0], rel=0.05 if method == "svdquant" else 1e-3)
