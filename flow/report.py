@@ -5,8 +5,8 @@ from __future__ import annotations
 import html
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..formats.shards import index_file, is_single_file
@@ -15,6 +15,7 @@ from .adapter import AdapterFile
 from .adapter_report import GAINS, adapter_lines, gain_dict
 from .plan import Plan
 from .quality import MEASURES, Column, gains, quality_dict
+from .scalar_report import scalar_errors, scalar_warnings
 from .sizes import count, show_seconds, show_size
 from .tables import Name, short_size
 
@@ -84,6 +85,11 @@ class Report:
     """Path of the index, where ``output`` names no file because it was split into shards beside each other."""
     adapter: AdapterFile | None = None
     """The adapter that was written beside the output."""
+    scalar_errors: Mapping[str, float] = field(default_factory=dict)
+    """Relative error of the weights under ``.weight_scalar`` instead of the scales of groups, by layer, where mode
+    legacy of the hybrid stage added it."""
+    found: tuple[str, ...] = ()
+    """Warnings of what the run measured; those in ``warnings`` were known before."""
 
     @property
     def ratio(self) -> float:
@@ -112,8 +118,9 @@ class Report:
             "ratio": self.ratio, "seconds": self.seconds, "peak_memory_bytes": self.peak_bytes,
             "distributed": self.distributed,
             **({} if self.adapter is None else {"adapter": self.adapter.to_dict()}),
+            **({"scalar_errors": dict(self.scalar_errors)} if self.scalar_errors else {}),
             "layers": [layer.to_dict() for layer in self.layers], "changed": self.changed, "kept": self.kept,
-            "notes": list(self.notes), "warnings": list(self.warnings), "verify": self.verify_command,
+            "notes": list(self.notes), "warnings": [*self.warnings, *self.found], "verify": self.verify_command,
         }  # fmt: skip
 
     @property
@@ -171,6 +178,7 @@ class Report:
             lines.append("errors are measured on a sample of rows; `quantloom verify` measures every weight")
         if self.adapter is not None:
             lines += adapter_lines(self.adapter, {layer.name: layer.gain for layer in self.layers if layer.gain})
+        lines += [f"warning: {text}" for text in self.found]
         lines.append(f"check it: {self.verify_command}")
         return "\n".join(lines)
 
@@ -216,12 +224,14 @@ def make_report(plan: Plan, receipts: Sequence[Receipt], seconds: float, distrib
         )  # fmt: skip
         measured = whole.error or 0.0, whole.seconds, layer.rounding, parts[0].quality, parts[0].gain
         layers.append(LayerReport(whole.name, whole.format, whole.nbytes_in, whole.nbytes_out, *measured))
+    wrong = scalar_errors(plan.layers, receipts)
     index = index_file(plan.shards) if is_single_file(plan.output.path) else None
     return Report(
         plan.recipe.source, plan.output.path, tuple(layers), dict(plan.kept.most_common()),
         dict(plan.changed.most_common()),
         plan.nbytes_in, plan.nbytes_out, seconds, peak_memory(), plan.notes, plan.warnings, distributed,
         plan.recipe.statistics or "", str(index[0]) if index else "", plan.adapter,
+        wrong, scalar_warnings(wrong, receipts),
     )  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from .origin import Origin
 from .quality import quality_dict
 from .threads import map_layers
 from .verify_quality import measure, open_evidence
+from .verify_scalar import scalar_error, scalar_problem
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class LayerCheck:
     """Whether it is a bias that was rewritten."""
     quality: Quality | None = None
     """Its errors beside plain rounding, when statistics were given."""
+    scalar_error: float | None = None
+    """Of a hybrid layer: relative error of its weights under ``.weight_scalar`` instead of the scales of its groups."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ class Verification:
         """JSON values; an error that is no number is written as null."""
         layers = [
             {
-                **asdict(layer), "error": layer.error if math.isfinite(layer.error) else None,
+                **asdict(layer), **{name: _finite(getattr(layer, name)) for name in ("error", "scalar_error")},
                 "quality": None if layer.quality is None else quality_dict(layer.quality),
             }
             for layer in self.layers
@@ -121,7 +124,21 @@ def verify(
     )  # fmt: skip
 
 
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
 def _check(made: Layer, source: Layer, origin: Origin, environment: Environment) -> LayerCheck:
+    """The layer beside its source; of hybrid ones also what the scalar makes of it."""
+    check = _compared(made, source, origin, environment)
+    if check.problem or (error := scalar_error(made, environment)) is None:
+        return check
+    passed = made.encoding and source.encoding and _same_storage(made.encoding, source.encoding)
+    problem = "" if passed or origin.legacy_scalars else scalar_problem(error)
+    return replace(check, scalar_error=error, problem=problem)
+
+
+def _compared(made: Layer, source: Layer, origin: Origin, environment: Environment) -> LayerCheck:
     form = describe(made) if made.encoding else ""
     if made.problem:
         same = made.problem == source.problem and [t.nbytes for t in made.tensors] == [t.nbytes for t in source.tensors]
