@@ -14,6 +14,7 @@ from ..stages.rules import Rule
 from ..stages.stage import make_stage
 from .compat_flags import all_flags
 from .compat_layers import Inherited, LayerConfig, read_layer_config, scaling_of
+from .compat_modes import hybrid
 from .recipe import Output, Recipe, Run
 from .sizes import parse_size
 
@@ -33,6 +34,11 @@ class Translation:
 def translate(options: Options) -> Translation:
     """Raises UsageError for flags that this program cannot honour, or that contradict each other."""
     _refuse(options)
+    output = options.get("output") or automatic_output(options)
+    run = Run(parse_size(options.get("memory"), "--memory"), options.get("workers"), options.get("device", "cpu"))
+    recipe = Recipe((options["input"],), (), Output(output, overwrite="overwrite" in options), run)
+    if "make_hybrid_mxfp8" in options:
+        return Translation(*hybrid(options, recipe))
     inherited = _inherited(options)
     config = LayerConfig()
     if "layer_config" in options:
@@ -48,9 +54,6 @@ def translate(options: Options) -> Translation:
     }  # fmt: skip
     chosen = [quantize, *(rule.settings for rule in rules), *([fallback] if fallback else [])]
     _check_rotation(options, chosen)
-    output = options.get("output") or automatic_output(options)
-    run = Run(parse_size(options.get("memory"), "--memory"), options.get("workers"), options.get("device", "cpu"))
-    recipe = Recipe((options["input"],), (), Output(output, overwrite="overwrite" in options), run)
     for verb, values in (("target", target), ("quantize", quantize)):
         recipe = recipe.with_stage(make_stage(verb, values))
     notes = _notes(options, chosen)
@@ -61,7 +64,10 @@ def translate(options: Options) -> Translation:
 
 def automatic_output(options: Options) -> str:
     """The name that convert_to_quant gives to an output; for rotated INT8, that of the row scales which it has here."""
-    base, primary = base_name(options["input"]), _primary(options)
+    base = base_name(options["input"])
+    if "make_hybrid_mxfp8" in options:
+        return f"{base}_hybrid.safetensors"
+    primary = _primary(options)
     rounding = "simple" if "simple" in options else "learned"
     mixed = "mixed" if "custom_layers" in options or any(name in options for name in load_presets()) else ""
     settings = _inherited(options).settings(primary)

@@ -86,6 +86,9 @@ class Pipeline:
                  method: str = "auto", budget: int | str | None = None, **options: Any) -> Pipeline:  # fmt: skip
             """Writes an adapter for what quantization took; see ``quantloom.stages.lora.Lora``."""
 
+        def hybrid(self, *, mode: str | None = None, tensor_scales: str | None = None) -> Pipeline:
+            """Makes MXFP8 layers hybrid MXFP8; see ``quantloom.stages.hybrid.Hybrid``."""
+
     def __getattr__(self, verb: str) -> Callable[..., Pipeline]:
         if verb.startswith("_"):
             raise AttributeError(verb)

@@ -184,7 +184,8 @@ def plan_layers(recipe: Recipe) -> tuple[Source, list[LayerPlan], Context]:
     if alone := next((stage.verb for stage in recipe.stages if getattr(stage, "alone", False)), None):
         others = [stage.verb for stage in recipe.stages if stage.verb != alone]
         if others:
-            raise UsageError(f"{alone} stands alone: leave {listed(others)} out, or run it on the result of the other")
+            left = listed(others, 3)
+            raise UsageError(f"{alone} stands alone: leave {left} out, or run it on the result of the other")
     where = recipe.source[0] if len(recipe.source) == 1 else list(recipe.source)
     source = open_source(where)
     context = Context(source)
