@@ -22,7 +22,8 @@ from quantloom import Pipeline
 CASES = [
     ("fp8", "tensor", "nearest"), ("fp8", "tensor", "mse"), ("fp8", "row", "nearest"), ("fp8", "row", "mse"),
     ("fp8", "block", "mse"), ("fp8_e5m2", "tensor", "mse"), ("int8", "tensor", "mse"), ("int8", "row", "mse"),
-    ("int8", "block", "mse"), ("int8", "rotated", "mse"), ("mxfp8", "group", "mse"), ("nvfp4", "group", "nearest"),
+    ("int8", "block", "mse"), ("int8", "rotated", "mse"), ("mxfp8", "group", "mse"),
+    ("hybrid_mxfp8", "group", "mse"), ("nvfp4", "group", "nearest"),
     ("nvfp4", "group", "mse"),
 ]  # fmt: skip
 

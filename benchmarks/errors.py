@@ -16,7 +16,7 @@ from quantloom.flow.verify import verify
 CASES = [
     ("fp8", "tensor", None), ("fp8", "row", None), ("fp8", "block", None), ("fp8_e5m2", "tensor", None),
     ("int8", "tensor", None), ("int8", "row", None), ("int8", "row", "hadamard"), ("int8", "block", None),
-    ("mxfp8", None, None), ("nvfp4", None, None),
+    ("mxfp8", None, None), ("hybrid_mxfp8", None, None), ("nvfp4", None, None),
 ]  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from .dequantize_cli import dequantize
 from .edit_cli import edit
 from .entry import run_command
 from .extract_cli import extract_lora
+from .hybrid_cli import hybrid
 from .options import ADAPTING, DIALECT, JSON, RECIPE, TALKING, TARGETING, WRITING, add_options, build_recipe
 from .running import run_recipe, show_plan
 
@@ -82,7 +83,7 @@ def _unused_name() -> str:
     return name
 
 
-for command in (extract_lora, calibrate, calibrate_activations, dequantize, edit):
+for command in (extract_lora, calibrate, calibrate_activations, dequantize, edit, hybrid):
     cli.add_command(command)
 
 

@@ -13,14 +13,15 @@ from ..formats.reduce import absmax
 from ..stages.reading import read_whole, reader
 from ..stages.work import Environment, LayerPlan, Work
 
-ERROR_BOUNDS = {"": 0.01, "fp8": 0.06, "fp8_e5m2": 0.12, "int8": 0.25, "mxfp8": 0.06, "nvfp4": 0.18}
+ERROR_BOUNDS = {"": 0.01, "fp8": 0.06, "fp8_e5m2": 0.12, "int8": 0.25, "mxfp8": 0.06,
+                "hybrid_mxfp8": 0.06, "nvfp4": 0.18}  # fmt: skip
 """Relative errors that no sound layer reaches; a wrong layout, nibble order or scale gives 0.6 and more.
 
 An INT8 layer with outliers may exceed it, by as much as a step of amax / 127 explains."""
 
 WEIGHT_BOUNDS = {
     "": (2.0**-7, 2.0**-15), "fp8": (0.13, 2.0**-15), "fp8_e5m2": (0.26, 2.0**-15), "int8": (0.0, 1 / 120),
-    "mxfp8": (0.13, 2.0**-15), "nvfp4": (0.4, 2.0**-12),
+    "mxfp8": (0.13, 2.0**-15), "hybrid_mxfp8": (0.13, 2.0**-15), "nvfp4": (0.4, 2.0**-12),
 }  # fmt: skip
 """How far a single weight may be off: a share of itself (NVFP4: of the largest of its block) plus a share of the
 largest weight of the layer. That is a whole step of the format's grid and its smallest step, so that one flipped
@@ -34,7 +35,8 @@ FEEDBACK = 2.0
 """Methods that compensate a weight's error in others move weights away from the nearest code, for less error in
 outputs: their layers' error may be this many times the bound ..."""
 
-FEEDBACK_WEIGHT = {"": 0.0, "fp8": 0.6, "fp8_e5m2": 0.7, "int8": 0.6, "mxfp8": 0.6, "nvfp4": 1.0}
+FEEDBACK_WEIGHT = {"": 0.0, "fp8": 0.6, "fp8_e5m2": 0.7, "int8": 0.6, "mxfp8": 0.6,
+                   "hybrid_mxfp8": 0.6, "nvfp4": 1.0}  # fmt: skip
 """... and a weight may be off by this share of the largest of its row: several steps of the grid, and what is clipped.
 A weight whose sign was flipped is found when it is large, and what is small hardly matters."""
 

@@ -135,8 +135,10 @@ _MODES = (
     Flag("--hp-filter", "With --convert-fp8-scaled.", str, needs="convert_fp8_scaled"),
     Flag("--full-precision-mm", "With --convert-fp8-scaled.", needs="convert_fp8_scaled"),
     Flag("--convert-int8-scaled", "Not available.", instead="convert the original checkpoint with --int8"),
-    Flag("--make-hybrid-mxfp8", "Not available.", instead="--mxfp8 for Blackwell, or FP8 (the default) for older GPUs"),
-    Flag("--tensor-scales", "With --make-hybrid-mxfp8.", str, needs="make_hybrid_mxfp8"),
+    Flag("--make-hybrid-mxfp8", "Add a .weight_scalar to the layers of an MXFP8 model: as in "
+         "convert_to_quant it decodes wrongly, and the report says by how much."),
+    Flag("--tensor-scales", "With --make-hybrid-mxfp8: FP8 model whose scales become the scalars.", str,
+         needs="make_hybrid_mxfp8"),
     Flag("--legacy-input-add", "Not available.", instead=f"{_ANEW}; --input-scale stores activation scales"),
     Flag("--cleanup-fp8-scaled", "Not available.", instead=_ANEW),
     Flag("--scaled-fp8-marker", "With --cleanup-fp8-scaled.", ("0", "2"), needs="cleanup_fp8_scaled"),

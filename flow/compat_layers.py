@@ -30,6 +30,7 @@ CONFIG_FORMATS: dict[str, tuple[str, tuple[str, ...]]] = {
     "int8_blockwise": ("int8", ("block",)),
     "nvfp4": ("nvfp4", ()),
     "mxfp8": ("mxfp8", ()),
+    "hybrid_mxfp8": ("hybrid_mxfp8", ()),
 }
 """Format name of an entry -> format, and the scalings that the name allows, default first."""
 
@@ -141,8 +142,6 @@ def _settings(entry: Any, inherited: Inherited) -> dict[str, Any]:
 
 def _quantized(given: Mapping[str, Any], inherited: Inherited) -> dict[str, Any]:
     name, mode = given["format"], given.get("scaling_mode")
-    if name == "hybrid_mxfp8":
-        raise UsageError("hybrid_mxfp8 is not available; use mxfp8")
     if name not in CONFIG_FORMATS:
         raise UsageError(f"unknown format {name!r}{did_you_mean(name, CONFIG_FORMATS)}")
     format_, allowed = CONFIG_FORMATS[name]

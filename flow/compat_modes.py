@@ -23,6 +23,12 @@ class Mode:
     """The stage's options, from those of the command line."""
     takes: tuple[str, ...] = ()
     """Options of the command line that mean something to it, beside ``EVERY_RUN``."""
+    note: str = ""
+    """What to tell people who use it."""
+
+
+def _hybrid(options: Options) -> dict[str, Any]:
+    return {"mode": "legacy", "tensor_scales": options.get("tensor_scales")}
 
 
 def _actcal(options: Options) -> dict[str, Any]:
@@ -41,6 +47,11 @@ def _actcal(options: Options) -> dict[str, Any]:
 MODES: dict[str, Mode] = {
     "actcal": Mode(
         "input_scales", "calibrated", _actcal, ("actcal_percentile", "actcal_lora", "statistics", "input_scales")
+    ),
+    "make_hybrid_mxfp8": Mode(
+        "hybrid", "hybrid", _hybrid, ("tensor_scales",),
+        "quantloom hybrid makes both ways to decode the same number; --make-hybrid-mxfp8 writes what convert_to_quant "
+        "writes",
     ),
     "edit_quant": Mode("edit", "edited", edit_options, EDITING),
 }
@@ -65,4 +76,5 @@ def mode_notes(option: str, options: Options) -> list[str]:
     """For people: flags that mean nothing to the mode."""
     known = {option, *MODES[option].takes} | EVERY_RUN
     idle = [all_flags()[name].long for name in options if name not in known]
-    return [f"without effect beside {all_flags()[option].long}: {', '.join(idle)}"] if idle else []
+    notes = [note] if (note := MODES[option].note) else []
+    return [*notes, f"without effect beside {all_flags()[option].long}: {', '.join(idle)}"] if idle else notes

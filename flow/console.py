@@ -201,6 +201,9 @@ def print_verification(result: Verification, most: int) -> None:
         console.print(f"[red]broken:[/] {_escape(problem)}", soft_wrap=True)
     for name in result.unknown if result.layers else ():
         console.print(f"[yellow]warning:[/] {_escape(name)}: not in the source", soft_wrap=True)
+    if off := [(layer.scalar_error, layer.name) for layer in result.layers if layer.scalar_error]:
+        wrong = f"the weights of {count(len(off), 'layer')} are wrong, by {max(off)[0]:.3g} in {max(off)[1]}"
+        console.print(f"[yellow]warning:[/] decoded by .weight_scalar, {_escape(wrong)}", soft_wrap=True)
     beside = {layer.name: layer.gain for layer in result.worst if layer.gain}
     for line in [*gains([layer.quality for layer in result.worst if layer.quality]), *gain_lines(beside)]:
         console.print(line, soft_wrap=True)

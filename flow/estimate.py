@@ -10,7 +10,8 @@ from ..stages.work import LayerPlan
 from .budget import cores
 from .recipe import Run
 
-_CPU_SECONDS_PER_GB = {"copy": 0.9, "fp8": 1.6, "fp8_e5m2": 1.6, "int8": 1.4, "mxfp8": 2.1, "nvfp4": 7.0}
+_CPU_SECONDS_PER_GB = {"copy": 0.9, "fp8": 1.6, "fp8_e5m2": 1.6, "int8": 1.4, "mxfp8": 2.1, "hybrid_mxfp8": 2.4,
+                       "nvfp4": 7.0}  # fmt: skip
 """Two virtual cores, warm page cache, reading and writing included, default rounding."""
 
 _CUDA_SECONDS_PER_GB = 0.5

@@ -97,6 +97,9 @@ class Pipeline:
                          file: str | None = None, lora: str | None = None, **options: Any) -> Pipeline:  # fmt: skip
             """Stores activation scales; see ``quantloom.stages.input_scales.InputScales``."""
 
+        def hybrid(self, *, mode: str | None = None, tensor_scales: str | None = None) -> Pipeline:
+            """Makes MXFP8 layers hybrid MXFP8; see ``quantloom.stages.hybrid.Hybrid``."""
+
     def __getattr__(self, verb: str) -> Callable[..., Pipeline]:
         if verb.startswith("_"):
             raise AttributeError(verb)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import html
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..formats.shards import index_file, is_single_file
@@ -16,6 +16,7 @@ from .budget import peak_memory
 from .layer_report import LayerReport
 from .plan import Plan
 from .quality import MEASURES, Column, gains
+from .scalar_report import scalar_errors, scalar_warnings
 from .sizes import count, show_seconds, show_size
 from .tables import Name, short_size
 
@@ -54,6 +55,11 @@ class Report:
     """The adapter that was written beside the output ..."""
     base: str = ""
     """... or as the output, for this model, which was quantized already."""
+    scalar_errors: Mapping[str, float] = field(default_factory=dict)
+    """Relative error of the weights under ``.weight_scalar`` instead of the scales of groups, by layer, where mode
+    legacy of the hybrid stage added it."""
+    found: tuple[str, ...] = ()
+    """Warnings of what the run measured; those in ``warnings`` were known before."""
 
     @property
     def ratio(self) -> float:
@@ -84,8 +90,9 @@ class Report:
             "ratio": self.ratio, "seconds": self.seconds, "peak_memory_bytes": self.peak_bytes,
             "distributed": self.distributed,
             **({} if self.adapter is None else {"adapter": self.adapter.to_dict()}),
+            **({"scalar_errors": dict(self.scalar_errors)} if self.scalar_errors else {}),
             "layers": [layer.to_dict() for layer in self.layers], "changed": self.changed, "kept": self.kept,
-            "notes": list(self.notes), "warnings": list(self.warnings), "verify": self.verify_command,
+            "notes": list(self.notes), "warnings": [*self.warnings, *self.found], "verify": self.verify_command,
         }  # fmt: skip
 
     @property
@@ -153,6 +160,7 @@ class Report:
             lines.append("errors are measured on a sample of rows; `quantloom verify` measures every weight")
         if self.adapter is not None:
             lines += adapter_lines(self.adapter, {layer.name: layer.gain for layer in self.layers if layer.gain})
+        lines += [f"warning: {text}" for text in self.found]
         lines.append(f"check it: {self.verify_command}")
         return "\n".join(lines)
 
@@ -202,13 +210,14 @@ def make_report(plan: Plan, receipts: Sequence[Receipt], seconds: float, distrib
         written = layer.adapter.nbytes if layer.adapter is not None and plan.base is not None else whole.nbytes_out
         measured = error, whole.seconds, layer.rounding, parts[0].quality, gain
         layers.append(LayerReport(whole.name, whole.format, whole.nbytes_in, written, *measured))
+    wrong = scalar_errors(plan.layers, receipts)
     index = index_file(plan.shards) if is_single_file(plan.output.path) else None
     return Report(
         plan.recipe.source, plan.output.path, tuple(layers), dict(plan.kept.most_common()),
         dict(plan.changed.most_common()),
         plan.nbytes_in, _written(plan), seconds, peak_memory(), plan.notes, plan.warnings, distributed,
         plan.recipe.statistics or "", str(index[0]) if index else "", plan.adapter,
-        plan.base_path,
+        plan.base_path, wrong, scalar_warnings(wrong, receipts),
     )  # fmt: skip
 
 

@@ -26,6 +26,7 @@ from .sizes import count
 from .threads import map_layers
 from .verify_adapter import LayerAdapter, measure_adapter, read_adapter
 from .verify_quality import measure, open_evidence
+from .verify_scalar import scalar_error, scalar_problem
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,8 @@ class LayerCheck:
     """Its errors beside plain rounding, when statistics were given."""
     gain: AdapterGain | None = None
     """Its errors without and with its adapter, when one was given."""
+    scalar_error: float | None = None
+    """Of a hybrid layer: relative error of its weights under ``.weight_scalar`` instead of the scales of its groups."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ class Verification:
         """JSON values; an error that is no number is written as null."""
         layers = [
             {
-                **asdict(layer), "error": layer.error if math.isfinite(layer.error) else None,
+                **asdict(layer), **{name: _finite(getattr(layer, name)) for name in ("error", "scalar_error")},
                 "quality": None if layer.quality is None else quality_dict(layer.quality),
                 "gain": None if layer.gain is None else gain_dict(layer.gain),
             }
@@ -160,10 +163,26 @@ def _with_adapters(
     ]  # fmt: skip
 
 
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
 def _check(
     made: Layer, source: Layer, origin: Origin, adapter: LayerAdapter | None, environment: Environment
 ) -> LayerCheck:
-    """One layer beside its source; with the ``adapter`` that it means nothing without."""
+    """One layer beside its source, with the ``adapter`` that it means nothing without; of a hybrid one also what the
+    scalar makes of it."""
+    check = _compared(made, source, origin, adapter, environment)
+    if check.problem or (error := scalar_error(made, environment)) is None:
+        return check
+    passed = made.encoding and source.encoding and _same_storage(made.encoding, source.encoding)
+    problem = "" if passed or origin.legacy_scalars else scalar_problem(error)
+    return replace(check, scalar_error=error, problem=problem)
+
+
+def _compared(
+    made: Layer, source: Layer, origin: Origin, adapter: LayerAdapter | None, environment: Environment
+) -> LayerCheck:
     form = describe(made) if made.encoding else ""
     if made.problem:
         same = made.problem == source.problem and [t.nbytes for t in made.tensors] == [t.nbytes for t in source.tensors]

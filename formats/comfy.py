@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 MARKER = ".comfy_quant"
 HEADER_KEY = "_quantization_metadata"
+WHOLE = {"nvfp4": ".weight_scale_2", "hybrid_mxfp8": ".weight_scalar"}
+"""Formats with a scale of the whole tensor beside those of its groups -> the tensor that holds it."""
 PREFIXES = ("model.diffusion_model.", "model.model.", "net.")
 """Prefixes that ComfyUI strips from a diffusion model's keys when more than five keys carry one."""
 
@@ -32,7 +34,7 @@ class Storage:
     codes: TensorSpec
     scales: TensorSpec
     whole: TensorSpec | None
-    """NVFP4's tensor scale."""
+    """The tensor scale of NVFP4 and hybrid MXFP8."""
     constants: tuple[tuple[TensorSpec, bytes], ...]
     """Tensors whose bytes are known before any weight is read."""
     layout: Layout
@@ -62,7 +64,7 @@ class LayerOptions:
 
 def format_string(fmt: Format) -> str:
     """The client's name for a format with its scaling."""
-    if fmt.name in ("mxfp8", "nvfp4"):
+    if fmt.scaling == "group":
         return fmt.name
     if fmt.name == "int8":
         return "int8_blockwise" if fmt.scaling == "block" else "int8_tensorwise"
@@ -98,9 +100,9 @@ def marker_tensor(layer: str, entry: Mapping[str, object]) -> tuple[TensorSpec, 
 def storage(layer: str, shape: tuple[int, int], fmt: Format, options: LayerOptions) -> Storage:
     """How ComfyUI expects ``layer`` with a weight of ``shape`` in ``fmt``.
 
-    MXFP8 and NVFP4 weights are padded with zeros to multiples of 32 and 16 in both dimensions, their block scales lie
-    in cuBLAS tile order. Row scales of INT8 are (M, 1): one-dimensional ones would be applied to columns. A scale of
-    one element is stored without dimensions.
+    MXFP8 and hybrid weights are padded with zeros to multiples of 32 in both dimensions, NVFP4's to multiples of 16;
+    block scales lie in cuBLAS tile order. Row scales of INT8 are (M, 1): one-dimensional ones would be applied to
+    columns. A scale of one element is stored without dimensions.
     """
     rows, columns = shape
     if fmt.scaling == "group" and fmt.block_size:
@@ -121,7 +123,7 @@ def storage(layer: str, shape: tuple[int, int], fmt: Format, options: LayerOptio
     input_scale = 1.0 if fmt.name == "int8" and fmt.scaling == "block" else options.input_scale
     if input_scale is not None and (fmt.name.startswith("fp8") or fmt.name == "nvfp4" or fmt.scaling == "block"):
         constants.append((TensorSpec(f"{layer}.input_scale", "F32", ()), struct.pack("<f", input_scale)))
-    whole = TensorSpec(f"{layer}.weight_scale_2", "F32", ()) if fmt.name == "nvfp4" else None
+    whole = TensorSpec(layer + WHOLE[fmt.name], "F32", ()) if fmt.name in WHOLE else None
     grouped = fmt.scaling == "group"
     layout = Layout(swizzled=grouped, high_nibble_first=fmt.name == "nvfp4")
     return Storage(codes, scales, whole, tuple(constants), layout, entry)

@@ -41,7 +41,7 @@ class Encoding:
     scales: TensorRef | None = None
     """None: the codes are the numbers."""
     whole: TensorRef | None = None
-    """NVFP4's scale of the tensor."""
+    """The scale of the tensor that NVFP4 and hybrid MXFP8 have."""
     layout: Layout = Layout()
     rotation: int | None = None
     """Order of the Hadamard matrix that the rows are rotated by."""
@@ -72,12 +72,13 @@ class Encoding:
         if scales is None:
             return codes.float()
         built = self.build()
-        codes = self._canonical_codes(built, codes)
-        multiplier = self._multiplier(built, self._canonical_scales(built, rows, scales), whole)
-        x = built.decode(codes, multiplier)[:, : self.shape[1]]
+        x = built.decode(self._canonical_codes(built, codes), self.multiplier(rows, scales, whole))[:, : self.shape[1]]
         return rotate_(x.contiguous(), self.rotation) if self.rotation else x
 
-    def _multiplier(self, built: Format, scales: torch.Tensor, whole: torch.Tensor | None) -> torch.Tensor:
+    def multiplier(self, rows: tuple[int, int], scales: torch.Tensor, whole: torch.Tensor | None) -> torch.Tensor:
+        """Float32: what codes of ``rows`` are multiplied by, as ``Format.decode`` takes it; arguments of ``decode``."""
+        built = self.build()
+        scales = self._canonical_scales(built, rows, scales)
         if whole is None:
             multiplier = built.multiplier(scales, None)
             if self.layout.zero_exponent:

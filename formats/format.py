@@ -58,7 +58,7 @@ class Format(ABC):
     """One numeric format with its scaling. Rows are ``x``: float32 (r, columns(n)), zero in padded columns."""
 
     name: str
-    """Registry name: fp8, fp8_e5m2, int8, mxfp8, nvfp4."""
+    """Registry name, such as fp8 or nvfp4."""
     scaling: str
     """tensor, row, block (a square tile of weights) or group (consecutive weights of a row)."""
     block_size: int | None = None
@@ -72,6 +72,8 @@ class Format(ABC):
     """safetensors dtype of the stored scales."""
     two_pass: ClassVar[bool] = False
     """Whether every instance needs a scale of the whole tensor first (see ``needs_stats``)."""
+    one_scale: ClassVar[bool] = False
+    """Whether all groups have the scale of the whole tensor."""
     ratios: ClassVar[tuple[float, ...]] = (1.0,)
     """Scales that are tried when errors are weighted by statistics, relative to the one from amax."""
     clips: ClassVar[tuple[float, ...]] = ()

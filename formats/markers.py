@@ -138,5 +138,5 @@ def flat(entry: Entry) -> dict[str, Any]:
 
 
 def _join(tensor: Entry, header: Entry) -> Entry:
-    """The header's entry; what only describes the original survives from the tensor."""
-    return {**{key: value for key, value in tensor.items() if key.startswith("orig_")}, **header}
+    """The header's entry, in the order of the tensor's; what only describes the original survives from the tensor."""
+    return {**{key: value for key, value in tensor.items() if key in header or key.startswith("orig_")}, **header}

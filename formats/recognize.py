@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from .comfy import WHOLE
 from .encoding import Encoding, Layout
 from .markers import Entry, flat
 from .rotation import is_power_of_four
@@ -78,16 +79,20 @@ def _comfy(stored: Stored) -> Encoding | None:
 
 
 def _comfy_groups(stored: Stored, scale: TensorRef, entry: Entry) -> Encoding:
-    """MXFP8 and NVFP4: weights padded to whole groups in both dimensions, scales in tile order."""
-    four_bit = entry["format"] == "nvfp4"
-    name, group = ("nvfp4", 16) if four_bit else ("mxfp8", 32)
+    """MXFP8 and NVFP4: weights padded to whole groups in both dimensions, scales in tile order.
+
+    Hybrid MXFP8 is decoded by its groups, which are exact whatever its scalar is; it may even lack it.
+    """
+    name = str(entry["format"])
+    four_bit = name == "nvfp4"
+    group = 16 if four_bit else 32
     rows, columns = stored.shape[0], stored.shape[1] * (2 if four_bit else 1)
     what = f"a {rows} x {columns} {name} weight"
     if rows % group or columns % group:
         raise Undecodable(f"{what} that is not padded to multiples of {group}")
     expect_dtype(scale, ("F8_E4M3", "U8") if four_bit else ("F8_E8M0", "U8"))
     expect_shape(scale, swizzled_shape((rows, columns // group)), what)
-    whole = tensor_scale(stored, ".weight_scale_2") if four_bit else None
+    whole = tensor_scale(stored, WHOLE[name]) if four_bit or WHOLE.get(name) in stored.parts else None
     shape = _unpadded(stored, (rows, columns), group, entry.get("orig_shape"))
     layout = Layout(swizzled=True, high_nibble_first=four_bit)
     return Encoding("comfy", (name, "group", group), shape, stored.codes, scale, whole, layout)

@@ -65,6 +65,11 @@ class Source:
     """Whether every safetensors file directly in ``root`` belongs to it: a folder without an index."""
 
     @property
+    def place(self) -> Path:
+        """What messages call it: its file, or the folder of several."""
+        return self.files[0] if len(self.files) == 1 else self.root
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(ref.nbytes for ref in self.refs.values())

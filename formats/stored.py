@@ -101,7 +101,7 @@ def expect_shape(scale: TensorRef, wanted: Shape, what: str) -> None:
 
 
 def tensor_scale(stored: Stored, part: str) -> TensorRef:
-    """The one number that scales a whole NVFP4 tensor."""
+    """The one number that scales a whole tensor; NVFP4 cannot be read without it."""
     scale = stored.parts.get(part)
     if scale is None:
         raise Undecodable(f"NVFP4 without {part}")

@@ -43,11 +43,11 @@ class Dequantize:
         broken = [f"{plan.layer.name}: {plan.layer.problem}" for plan in layers if plan.layer.problem]
         if broken:
             raise PlanError(
-                f"{context.source.root}: {len(broken)} layers cannot be decoded: {listed(broken, _NAMED, '; ')}. "
+                f"{context.source.place}: {len(broken)} layers cannot be decoded: {listed(broken, _NAMED, '; ')}. "
                 "Passed through, their codes would be taken for weights"
             )
         if not any(plan.layer.encoding for plan in layers):
-            raise PlanError(f"{context.source.root}: no layer is quantized: there is nothing to decode")
+            raise PlanError(f"{context.source.place}: no layer is quantized: there is nothing to decode")
         return [plan if plan.layer.encoding is None else self._decoded(plan) for plan in layers]
 
     def _decoded(self, plan: LayerPlan) -> LayerPlan:

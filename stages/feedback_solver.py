@@ -42,7 +42,7 @@ class _Solver(ABC):
         self.problem, self.order, self.unit = problem, order, unit
         fmt = problem.format
         self.whole = None if fmt.scaling == "tensor" else problem.whole
-        """What the rows share beside their own scales: NVFP4's scale of the tensor."""
+        """What the rows share beside their own scales: the scale of the tensor, of NVFP4 and hybrid MXFP8."""
 
     def loss(self, values: torch.Tensor) -> float:
         """tr(E Hd E^T), E = values - weight, whatever the magnitude of the weights."""

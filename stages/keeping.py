@@ -42,8 +42,7 @@ def decoded(layer: Layer, spec: TensorSpec, **words: str) -> LayerPlan:
 
 def _describes(marker: Mapping[str, Any], encoding: Encoding) -> bool:
     """Whether a client that believes the marker reads what the scales really are; one scale fits every label."""
-    said = flat(marker).get("format")
-    label = "mxfp8" if said == "hybrid_mxfp8" else said
+    label = flat(marker).get("format")
     return label == format_string(encoding.build()) or (encoding.scales is not None and encoding.scales.numel == 1)
 
 

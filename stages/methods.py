@@ -30,7 +30,8 @@ class Problem:
     scales: Scales
     """Where the method starts: scales of least squared error."""
     whole: torch.Tensor | None = None
-    """Float32 (): NVFP4's scale of the tensor, which stays as it is; for scaling ``tensor`` the scale itself."""
+    """Float32 (): the scale of the tensor, which stays as it is, where groups have theirs, too; for scaling ``tensor``
+    the scale itself."""
     moments: Moments | None = None
     """Statistics of the layer's inputs, padded to n, in the basis of ``weight``."""
     split: int = 1

@@ -115,6 +115,7 @@ _INPUTS = (
     r"|(?:\w*_)?patchify_proj|condition_proj|ref_image_patch_embedder|lq_proj|dec_net|(?:all_)?final_layer|nerf_final_layer\w*"
     r"|txtfusion\.projector|llm_cond_proj"
 )
+_PADDED_TO_32 = ("mxfp8", "hybrid_mxfp8")
 _READS_SHAPE = re.compile(rf"(?:^|\.)(?:{_INPUTS})(?:\.[\w-]+){{0,3}}$")
 _FIRST_BLOCK = re.compile(
     r"(?:^|\.)(?:transformer_blocks\.0\.attn2\.to_k|blocks\.0\.norm1\.linear|encoder\.block\.23\.layer\.1\.DenseReluDense\.wi_1)$"
@@ -135,13 +136,13 @@ def barred_formats(name: str, shape: Shape) -> dict[str, str]:
     rule = name_rule(name, shape)
     if rule and rule.kind == EMBEDDING:
         reason = "ComfyUI reads quantized embeddings in FP8 and INT8 only"
-        return {"nvfp4": reason, "mxfp8": reason}
+        return dict.fromkeys(("nvfp4", *_PADDED_TO_32), reason)
     reads = reads_shape(name)
     if reads is None:
         return {}
     barred = {"nvfp4": f"{reads}; NVFP4 stores two weights in a column"}
     if rows % 32 or columns % 32:
-        barred["mxfp8"] = f"{reads}; MXFP8 would pad {rows} x {columns} to multiples of 32"
+        barred |= dict.fromkeys(_PADDED_TO_32, f"{reads}; MXFP8 would pad {rows} x {columns} to multiples of 32")
     return barred
 
 

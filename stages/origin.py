@@ -50,6 +50,11 @@ class Origin:
         digest = self.stages.get("quantize", {}).get("statistics")
         return digest if isinstance(digest, str) else None
 
+    @property
+    def legacy_scalars(self) -> bool:
+        """Whether hybrid layers were given scalars that do not fit all their groups."""
+        return self.stages.get("hybrid", {}).get("mode") == "legacy"
+
     def feedback(self, name: str) -> bool:
         """Whether a layer may be rounded by a method that looks at a whole matrix: by a rule, or as all others are."""
         rules = self.stages.get("target", {}).get("rules")

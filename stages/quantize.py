@@ -36,7 +36,7 @@ class Quantize:
     verb: ClassVar[str] = "quantize"
 
     format: str
-    """fp8, fp8_e5m2, int8, mxfp8 or nvfp4."""
+    """fp8, fp8_e5m2, int8, mxfp8, hybrid_mxfp8 or nvfp4."""
     scaling: str | None = None
     """tensor, row or block; None: the format's default."""
     block_size: int | None = None

@@ -22,7 +22,7 @@ class Scaling:
 
     format: Format
     whole: torch.Tensor | None
-    """NVFP4's scales of the tensors that rows belong to: Float32 (r,), or () for one; tensor scaling has a peak
+    """What groups have of the tensors that rows belong to: Float32 (r,), or () for one; tensor scaling has a peak
     instead."""
 
     @property
@@ -33,7 +33,7 @@ class Scaling:
     @property
     def local(self) -> bool:
         """Whether scales belong to a group of one row, so that each can be chosen when its group is reached."""
-        return self.format.scaling == "group"
+        return self.format.scaling == "group" and not self.format.one_scale
 
     def scales(self, peak: torch.Tensor) -> Scales:
         """Scales of the same shape as ``peak``, element by element."""

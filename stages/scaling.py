@@ -120,5 +120,5 @@ def refuse_nonfinite(work: Work) -> None:
     where = f"the first at {list(first)}" if first else "position unknown"
     raise NonFiniteError(
         f"{layer.tensors[0].path}: {layer.weight.name}: {count} of {total} weights are NaN or Inf, {where}; "
-        "repair the checkpoint, or pass --nonfinite keep to leave such layers unquantized"
+        "repair the checkpoint; `quantloom convert --nonfinite keep` leaves such layers unquantized"
     )

@@ -21,6 +21,7 @@ _STAGES: dict[str, str] = {
     "dequantize": "dequantize:Dequantize",
     "input_scales": "input_scales:InputScales",
     "edit": "edit:Edit",
+    "hybrid": "hybrid:Hybrid",
 }
 """verb -> ``module:class``, in the order in which they plan."""
 

@@ -27,6 +27,7 @@ FORMATS: dict[str, dict[str, Any]] = {
     "int8 block": {"format": "int8", "scaling": "block", "block_size": 64},
     "int8 rotated": {"format": "int8", "rotate": "hadamard:16"},
     "mxfp8": {"format": "mxfp8"},
+    "hybrid_mxfp8": {"format": "hybrid_mxfp8"},
     "nvfp4": {"format": "nvfp4"},
 }
 """Every format and scaling, as options of the quantize stage."""

@@ -262,7 +262,7 @@ def mxfp8(shape: Shape, name: str = "mxfp8", described: bool = True, scale_dtype
         entry |= {"group_size": 32, "orig_dtype": "torch.bfloat16", "orig_shape": list(shape)}
     if name == "hybrid_mxfp8":
         tensors[".weight_scalar"] = torch.tensor(0.125)
-    return Case(tensors, weight, "mxfp8 group 32", "comfy", entry, passes=True)
+    return Case(tensors, weight, f"{name} group 32", "comfy", entry, passes=True)
 
 
 def nvfp4(shape: Shape, described: bool = True, scale_dtype: torch.dtype = torch.float8_e4m3fn) -> Case:

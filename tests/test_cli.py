@@ -81,7 +81,7 @@ def test_the_options_that_are_promised() -> None:
         (["convrt"], "No such command 'convrt'"),
         (["convert"], "Missing argument 'SOURCE'"),
         (["convert", "{in}"], "Missing argument 'DESTINATION'"),
-        (["convert", "{in}", "{out}"], "--format is missing; known: fp8, fp8_e5m2, int8, mxfp8, nvfp4"),
+        (["convert", "{in}", "{out}"], "--format is missing; known: fp8, fp8_e5m2, int8, mxfp8, hybrid_mxfp8, nvfp4"),
         (["convert", "{in}", "{out}", "--fromat", "fp8"], "--format"),
         (["convert", "{in}", "{out}", "--format", "fp9"], "unknown format 'fp9'; did you mean 'fp8'"),
         (["convert", "{in}", "{out}", "--format", "fp8", "--scaling", "rwo"], "did you mean 'row'?"),

@@ -248,32 +248,17 @@ def test_stock_formats_load_as_before(comfy: Any, tmp_path: Path) -> None:
 # -- hybrid ------------------------------------------------------------------------------------------------------------
 
 
-def to_blocked(exponents: torch.Tensor) -> torch.Tensor:
-    from comfy_kitchen import to_blocked
-
-    blocked: torch.Tensor = to_blocked(exponents, flatten=False)
-    return blocked
-
-
 def legacy_hybrid(folder: Path, shape: tuple[int, int]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """MXFP8 as quantloom writes it, with the largest scale of a block as the one scale, and its weights."""
-    path = written(folder, shape, format="mxfp8")
-    tensors = load_file(path)
-    tensors["l.weight_scalar"] = torch.tensor(2.0 ** (int(tensors["l.weight_scale"].max()) - 127))
-    tensors["l.comfy_quant"] = marker_tensor({"format": "hybrid_mxfp8", "group_size": 32, "orig_shape": list(shape)})
-    return tensors, decode(layer_of(path, "l"), [(0, shape[0])])
+    """MXFP8 with the largest scale of a block as the one scale, as the converter writes it, and its weights."""
+    mxfp8, path = written(folder, shape, format="mxfp8"), folder / "legacy.safetensors"
+    Pipeline(scheduler="sync").read(mxfp8).hybrid(mode="legacy").write(path, overwrite=True)
+    return load_file(path), decode(layer_of(path, "l"), [(0, shape[0])])
 
 
 def exact_hybrid(folder: Path, shape: tuple[int, int]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """One power of two for all blocks."""
-    tensors, _ = legacy_hybrid(folder, shape)
-    weight, scalar = load_file(folder / "in.safetensors")["l.weight"], tensors["l.weight_scalar"]
-    rows, columns = tensors["l.weight"].shape
-    padded = F.pad(weight, (0, columns - shape[1], 0, rows - shape[0]))
-    byte = int(torch.log2(scalar)) + 127
-    exponents = torch.full((rows, columns // 32), byte, dtype=torch.uint8)
-    tensors |= {"l.weight": (padded / scalar).to(FP8), "l.weight_scale": to_blocked(exponents)}
-    return tensors, (tensors["l.weight"].float() * scalar)[: shape[0], : shape[1]]
+    """One power of two for all blocks, as the converter writes it."""
+    path = written(folder, shape, format="hybrid_mxfp8")
+    return load_file(path), decode(layer_of(path, "l"), [(0, shape[0])])
 
 
 HYBRIDS = {"exact": exact_hybrid, "legacy": legacy_hybrid}

@@ -269,7 +269,6 @@ def test_nothing_is_said_where_nothing_differs() -> None:
         ("--extract-lora --lora-target (", ["adapter target"]),
         ("--convert_fp8_scaled", ["--convert-fp8-scaled", "quantloom convert"]),
         ("--convert-int8-scaled", ["--convert-int8-scaled", "--int8"]),
-        ("--make-hybrid-mxfp8", ["--make-hybrid-mxfp8", "--mxfp8"]),
         ("--legacy_input_add", ["--legacy-input-add"]),
         ("--cleanup-fp8-scaled --scaled-fp8-marker 2", ["--cleanup-fp8-scaled"]),
         ("--actcal --actcal-samples 8", ["--actcal", "--statistics", "--input-scales", "--actcal-lora"]),
@@ -370,6 +369,7 @@ def config(tmp_path: Path, content: Any) -> str:
         ({"format": "int8_tensorwise", "scaling_mode": "row"}, INT8_ROW, ""),
         ({"format": "int8_tensorwise"}, {**INT8_ROW, "rotate": "hadamard:256"}, "--int8 --convrot"),
         ({"format": "nvfp4", "simple": True, "_note": 1}, {"format": "nvfp4", "rounding": "nearest"}, ""),
+        ({"format": "hybrid_mxfp8"}, {"format": "hybrid_mxfp8"}, "--scaling_mode row"),
         ({"format": "mxfp8", "full_precision_matrix_mult": True},
          {"format": "mxfp8", "full_precision_matmul": True}, ""),
         ({"skip": True}, {"skip": True}, ""),
@@ -401,7 +401,7 @@ def test_layer_config_special_keys(tmp_path: Path) -> None:
         ({"attn": {"format": ""}}, ["'attn'", "no format"]),
         ({"_default": {"format": ""}}, ["'_default'", "no format"]),
         ({"attn": {"format": "float8_e4m3"}}, ["float8_e4m3", "did you mean"]), ({"attn": 3}, ["'attn'", "object"]),
-        ({"attn": {"format": "hybrid_mxfp8"}}, ["use mxfp8"]), ({"a(": {"skip": True}}, ["position"]),
+        ({"attn": {"format": "hybrid_mxfp8", "scaling_mode": "row"}}, ["row"]), ({"a(": {"skip": True}}, ["position"]),
         ({"attn": {"format": "mxfp8", "scale_mode": "row"}}, ["scale_mode", "did you mean 'scaling_mode'"]),
         ({"attn": {"format": "float8_e4m3fn_rowwise", "scaling_mode": "block"}}, ["float8_e4m3fn_rowwise", "block"]),
         ({"attn": {"format": "float8_e4m3fn", "scaling_mode": "rows"}}, ["did you mean 'row'"]),
@@ -650,3 +650,33 @@ def test_a_refused_edit_leaves_no_output(source: Path) -> None:
     assert run("-i", source, "--edit-quant", "--add-keys", "'a': 1") == 1
     assert run("-i", source, "--edit-quant", "--add-keys", "'a'") == 2
     assert [path.name for path in source.parent.iterdir()] == [source.name]
+
+
+# ---- utility modes ----
+
+
+def test_hybrid_as_the_reference_writes_it(source: Path, tmp_path: Path, capsys: Any) -> None:
+    mxfp8, fp8 = tmp_path / "m.safetensors", tmp_path / "f.safetensors"
+    Pipeline().read(source).quantize("mxfp8").write(mxfp8)
+    Pipeline().read(source).quantize("fp8").write(fp8)
+    assert run("-i", mxfp8, "--make-hybrid-mxfp8") == 0
+    said = capsys.readouterr()
+    assert "quantloom hybrid" in said.err
+    assert "decoded by .weight_scalar" in said.out
+    Pipeline().read(mxfp8).hybrid(mode="legacy").write(tmp_path / "ours.safetensors")
+    assert same_bytes(tmp_path / "m_hybrid.safetensors", tmp_path / "ours.safetensors")
+    assert run("-i", mxfp8, "-o", tmp_path / "s.safetensors", "--make_hybrid_mxfp8", "--tensor_scales", fp8) == 0
+    Pipeline().read(mxfp8).hybrid(tensor_scales=str(fp8)).write(tmp_path / "ours.safetensors", overwrite=True)
+    made, scales = load_file(tmp_path / "s.safetensors"), load_file(fp8)
+    scalars = [name for name in made if name.endswith(".weight_scalar")]
+    assert scalars
+    assert all(torch.equal(made[name], scales[name.replace("scalar", "scale")]) for name in scalars)
+
+
+def test_flags_beside_the_hybrid_mode() -> None:
+    made = translated("--make-hybrid-mxfp8", "--mxfp8", "--simple", "--low-memory", "--flux2")
+    assert [item.verb for item in made.recipe.stages] == ["hybrid"]
+    words = ("without effect", "--mxfp8", "--simple", "--flux2")
+    assert any(all(word in note for word in words) for note in made.notes)
+    assert not any("--low-memory" in note for note in made.notes)
+    assert "--tensor-scales (needs --make-hybrid-mxfp8)" in translated("--simple", "--tensor-scales", "f").notes[0]

@@ -42,7 +42,8 @@ from quantloom.formats.registry import FORMATS, make_format
 from quantloom.formats.rotation import rotate_, rotation_group
 from quantloom.formats.scratch import scratch, tiles
 
-GRIDS: dict[str, Element] = {"fp8": E4M3, "fp8_e5m2": E5M2, "int8": INT8, "mxfp8": E4M3, "nvfp4": E2M1}
+GRIDS: dict[str, Element] = {"fp8": E4M3, "fp8_e5m2": E5M2, "int8": INT8, "mxfp8": E4M3, "hybrid_mxfp8": E4M3,
+                              "nvfp4": E2M1}  # fmt: skip
 """What the codes of each format mean. A format that is registered without an entry here fails the suite."""
 
 FORMAT_CASES = [

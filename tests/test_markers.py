@@ -63,6 +63,12 @@ def test_a_header_that_only_omits_the_original_shape_agrees_with_its_marker(tmp_
     assert layer_of(save(tmp_path, mxfp8((130, 70)).stored(), header=header)).weight.shape == (130, 70)
 
 
+def test_a_marker_keeps_its_order_beside_a_header(tmp_path: Path) -> None:
+    stored = mxfp8((130, 70)).stored()
+    header = {"layers": {LAYER: {"group_size": 32, "format": "mxfp8"}}}
+    assert list(layer_of(save(tmp_path, stored, header=header)).marker or {}) == list(marker_of(stored, LAYER))
+
+
 @pytest.mark.parametrize(
     ("header", "reason"),
     [

@@ -85,7 +85,7 @@ def test_unknown_verbs_are_attribute_errors(call: Any, words: str) -> None:
     ("call", "words"),
     [
         (lambda: Pipeline().quantize("mxpf8"), "unknown format 'mxpf8'; did you mean 'mxfp8'"),
-        (lambda: Pipeline().quantize("zzz"), "unknown format 'zzz'; known: fp8, fp8_e5m2, int8, mxfp8, nvfp4"),
+        (lambda: Pipeline().quantize("zzz"), "known: fp8, fp8_e5m2, int8, mxfp8, hybrid_mxfp8, nvfp4"),
         (lambda: Pipeline().quantize("fp8", scalings="row"), "no option 'scalings'; did you mean 'scaling'"),
         (lambda: Pipeline().quantize("fp8", scaling="rows"), "no scaling 'rows'; did you mean 'row'?"),
         (lambda: Pipeline().quantize("nvfp4", scaling="row"), "scales groups of 16 by definition"),

@@ -165,9 +165,9 @@ def test_layers_whose_shape_is_not_read(name: str) -> None:
 
 def test_barred_formats() -> None:
     assert set(barred_formats("img_in", (3072, 64))) == {"nvfp4"}
-    assert set(barred_formats("x_embedder", (3840, 68))) == {"nvfp4", "mxfp8"}
+    assert set(barred_formats("x_embedder", (3840, 68))) == {"nvfp4", "mxfp8", "hybrid_mxfp8"}
     assert "3840 x 68" in barred_formats("x_embedder", (3840, 68))["mxfp8"]
-    assert set(barred_formats("model.embed_tokens", (32000, 4096))) == {"nvfp4", "mxfp8"}
+    assert set(barred_formats("model.embed_tokens", (32000, 4096))) == {"nvfp4", "mxfp8", "hybrid_mxfp8"}
 
 
 # ---- text encoders that ComfyUI does not read markers for ----
