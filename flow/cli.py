@@ -17,6 +17,7 @@ from . import console
 from .calibrate_cli import calibrate
 from .dequantize_cli import dequantize
 from .entry import STOPPED, run_command
+from .migrate_cli import migrate
 from .options import ADAPTING, JSON, RUNNING, TALKING, TARGETING, add_options, build_recipe
 from .running import run, show
 
@@ -85,7 +86,7 @@ def _unused_name() -> str:
     return name
 
 
-for command in (calibrate, dequantize):
+for command in (calibrate, dequantize, migrate):
     cli.add_command(command)
 
 

@@ -126,21 +126,23 @@ _ADVANCED = (
     ("--scale-optimization", ("fixed", "iterative", "joint", "dualround")),
 )  # fmt: skip
 
-_ANEW = "quantloom convert reads such files and decodes their layers before it quantizes them anew"
 _HEADER = "convert the original checkpoint: markers and header entry are always written together"
 
 _MODES = (
     Flag("--dry-run", "analyze (default): print the plan and write nothing. create-template: write a layer "
          "configuration to fill in, INPUT_layer_config_template.json.", DRY_RUNS),
-    Flag("--convert-fp8-scaled", "Not available.", instead=_ANEW),
-    Flag("--hp-filter", "With --convert-fp8-scaled.", str, needs="convert_fp8_scaled"),
-    Flag("--full-precision-mm", "With --convert-fp8-scaled.", needs="convert_fp8_scaled"),
-    Flag("--convert-int8-scaled", "Not available.", instead="convert the original checkpoint with --int8"),
+    Flag("--convert-fp8-scaled", "Turn a legacy scaled_fp8 checkpoint into ComfyUI's form of today."),
+    Flag("--hp-filter", "Regular expression: refuse when a layer that matches is quantized.", str,
+         needs="convert_fp8_scaled"),
+    Flag("--full-precision-mm", "Ask for multiplication in full precision, with --convert-fp8-scaled.",
+         needs="convert_fp8_scaled"),
+    Flag("--convert-int8-scaled", "Turn legacy INT8 layers into ComfyUI's form of today."),
     Flag("--make-hybrid-mxfp8", "Not available.", instead="--mxfp8 for Blackwell, or FP8 (the default) for older GPUs"),
     Flag("--tensor-scales", "With --make-hybrid-mxfp8.", str, needs="make_hybrid_mxfp8"),
-    Flag("--legacy-input-add", "Not available.", instead=f"{_ANEW}; --input-scale stores activation scales"),
-    Flag("--cleanup-fp8-scaled", "Not available.", instead=_ANEW),
-    Flag("--scaled-fp8-marker", "With --cleanup-fp8-scaled.", ("0", "2"), needs="cleanup_fp8_scaled"),
+    Flag("--legacy-input-add", "Give FP8 layers without activation scale one of 1.0."),
+    Flag("--cleanup-fp8-scaled", "Remove scales and markers that belong to no quantized weight."),
+    Flag("--scaled-fp8-marker", "Numbers in the legacy marker, with --cleanup-fp8-scaled; 2 asks for multiplication in "
+         "full precision. Default: as before.", ("0", "2"), needs="cleanup_fp8_scaled"),
     Flag("--actcal", "Not available.", instead="leave activation scales out: the client then measures them as it runs"),
     Flag("--actcal-samples", "With --actcal.", int, needs="actcal"),
     Flag("--actcal-percentile", "With --actcal.", float, needs="actcal"),

@@ -24,7 +24,39 @@ class Mode:
     """Options of the command line that mean something to it, beside ``EVERY_RUN``."""
 
 
-MODES: dict[str, Mode] = {}
+def _fp8_scaled(options: Options) -> dict[str, Any]:
+    return {
+        "to": "comfy", "clean": True, "high_precision": options.get("hp_filter"),
+        "full_precision_matmul": True if "full_precision_mm" in options else None, "input_scale": _input_scale(options),
+    }  # fmt: skip
+
+
+def _int8_scaled(_options: Options) -> dict[str, Any]:
+    return {"to": "comfy", "clean": True}
+
+
+def _legacy_input_add(_options: Options) -> dict[str, Any]:
+    return {"to": "same", "input_scale": 1.0}
+
+
+def _cleanup(options: Options) -> dict[str, Any]:
+    marker = options.get("scaled_fp8_marker")
+    asked = None if marker is None else marker == "2"
+    return {"to": "same", "clean": True, "full_precision_matmul": asked, "input_scale": _input_scale(options)}
+
+
+def _input_scale(options: Options) -> float | None:
+    return 1.0 if "input_scale" in options else None
+
+
+MODES: dict[str, Mode] = {
+    "convert_fp8_scaled": Mode(
+        "migrate", "fp8mixed", _fp8_scaled, ("hp_filter", "full_precision_mm", "input_scale")
+    ),
+    "convert_int8_scaled": Mode("migrate", "int8_comfy", _int8_scaled),
+    "legacy_input_add": Mode("migrate", "with_input_scale", _legacy_input_add),
+    "cleanup_fp8_scaled": Mode("migrate", "cleaned", _cleanup, ("scaled_fp8_marker", "input_scale")),
+}
 """By the option that asks for it."""
 
 EVERY_RUN = frozenset((

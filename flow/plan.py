@@ -112,7 +112,8 @@ class Plan:
         """What would happen, as text."""
         files, tensors = count(len(self.source.files), "file"), count(len(self.layers), "tensor")
         found = f"{files}, {tensors}, {show_size(self.nbytes_in)}"
-        made = f"{count(len(self.shards), 'file')}, {show_size(self.nbytes_out)}, dialect {self.output.dialect}"
+        made = f"{count(len(self.shards), 'file')}, {show_size(self.nbytes_out)}"
+        made += f", dialect {self.output.dialect}" if self.quantized else ""
         lines = [f"source   {', '.join(self.recipe.source)}  ({found})", f"output   {self.output.path}  ({made})"]
         for name, number in sorted(self.formats.items()):
             chosen = [layer for layer in self.quantized if layer.format == name]
@@ -191,15 +192,16 @@ def plan_layers(recipe: Recipe) -> tuple[Source, list[LayerPlan], Context]:
     found = group_layers(source)
     _refuse_shared_names(found)
     layers = [keep(layer, layer.problem or "") for layer in found]  # a stage that touches a layer gives its own reason
-    unreadable = [layer for layer in found if layer.problem]
-    if unreadable:
-        first = f"{unreadable[0].name}: {unreadable[0].problem}"
-        context.warnings.append(
-            f"{len(unreadable)} quantized layers are passed through as they are; a client that does not know their "
-            f"coding would take the codes for numbers. The first: {first}"
-        )
     for stage in _with_target(recipe.stages):
         layers = stage.plan(layers, context)
+    unreadable = [plan.layer for plan in layers if plan.layer.problem and plan.outputs]
+    if unreadable:
+        first = f"{unreadable[0].name}: {unreadable[0].problem}"
+        context.warnings.insert(
+            0,
+            f"{len(unreadable)} quantized layers are passed through as they are; a client that does not know their "
+            f"coding would take the codes for numbers. The first: {first}",
+        )
     return source, layers, context
 
 

@@ -18,6 +18,7 @@ _STAGES: dict[str, str] = {
     "quantize": "quantize:Quantize",
     "lora": "lora:Lora",
     "dequantize": "dequantize:Dequantize",
+    "migrate": "migrate:Migrate",
 }
 """verb -> ``module:class``, in the order in which they plan."""
 
