@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Any
 
 from .. import __version__
-from ..formats.errors import CheckpointError, PlanError, UsageError, listed
+from ..formats.errors import CheckpointError, PlanError, UsageError
 from ..formats.fileio import same_file
 from ..formats.layers import Layer, group_layers
 from ..formats.shards import Shard, lay_out, stem_of
@@ -183,9 +183,8 @@ def plan_layers(recipe: Recipe) -> tuple[Source, list[LayerPlan], Context]:
     if all(stage.verb == "target" for stage in recipe.stages):
         raise UsageError("nothing to do: name a format with .quantize('mxfp8')")
     if alone := next((stage.verb for stage in recipe.stages if getattr(stage, "alone", False)), None):
-        others = [stage.verb for stage in recipe.stages if stage.verb != alone]
-        if others:
-            raise UsageError(f"{alone} stands alone: leave {listed(others)} out, or run it on the result of the other")
+        if others := ", ".join(stage.verb for stage in recipe.stages if stage.verb != alone):
+            raise UsageError(f"{alone} stands alone: leave {others} out, or run it on the result of the other")
     where = recipe.source[0] if len(recipe.source) == 1 else list(recipe.source)
     source = open_source(where)
     context = Context(source)

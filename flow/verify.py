@@ -21,7 +21,6 @@ from .quality import quality_dict
 from .threads import map_layers
 from .verify_quality import measure, open_evidence
 
-
 CORRECTED, DECODED, CAST = "corrected", "decoded", "cast"
 
 

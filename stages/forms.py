@@ -112,6 +112,13 @@ def lost_words(layer: Layer) -> list[str]:
     return [key for key in flat(layer.marker or {}) if key not in ("format", _FULL_PRECISION)]
 
 
+def regular(layer: Layer) -> bool:
+    """Whether its marker names the format that its scales really have."""
+    said, built = flat(layer.marker or {}), _encoding(layer).build()
+    label = "mxfp8" if said.get("format") == "hybrid_mxfp8" else said.get("format")
+    return label == format_string(built) and (built.scaling != "block" or said.get("group_size") == built.block_size)
+
+
 def with_input_scale(layer: Layer, form: Form, dialect: str, value: float) -> Form:
     """An FP8 layer with an activation scale, where it lacks one; others as they are."""
     if not _encoding(layer).format[0].startswith("fp8") or has_input_scale(form):
@@ -184,16 +191,13 @@ def _comfy_entry(layer: Layer, encoding: Encoding, full_precision: bool | None) 
     """The layer's marker, made anew where its format is not what is stored; other keys survive."""
     said: Mapping[str, Any] = flat(layer.marker or {})
     asked = asks_full_precision(layer) if full_precision is None else full_precision
-    built = encoding.build()
-    label = "mxfp8" if said.get("format") == "hybrid_mxfp8" else said.get("format")
-    if label != format_string(built):
-        options = LayerOptions(encoding.rotation, asked)
-        made = marker(built, encoding.shape, options)
-        return made | {key: value for key, value in said.items() if key not in _SHAPED}
-    if asked == asks_full_precision(layer):
-        return dict(said)
-    entry = {key: value for key, value in said.items() if key != _FULL_PRECISION}
-    return {**entry, _FULL_PRECISION: True} if asked else entry
+    if regular(layer):
+        if asked == asks_full_precision(layer):
+            return {"format": said["format"], **said}
+        entry = {key: value for key, value in said.items() if key != _FULL_PRECISION}
+        return {**entry, _FULL_PRECISION: True} if asked else entry
+    made = marker(encoding.build(), encoding.shape, LayerOptions(encoding.rotation, asked))
+    return made | {key: value for key, value in said.items() if key not in _SHAPED}
 
 
 def _number(name: str, value: float) -> tuple[TensorSpec, bytes]:

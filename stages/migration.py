@@ -25,6 +25,7 @@ from .forms import (
     legacy_form,
     lost_words,
     plain_form,
+    regular,
     with_input_scale,
     with_unused,
     words_of,
@@ -102,13 +103,7 @@ class Migration:
         form = self._companions(layer, form)
         if not form.differs(layer):
             return form.plan(layer, "")
-        return form.plan(layer, f"{layer.encoding.dialect} {words_of(layer)} to {self._words(layer, form, dialect)}")
-
-    @staticmethod
-    def _words(layer: Layer, form: Form, dialect: str) -> str:
-        name = LEGACY_MARKER if form.entry is None else form.entry["format"]
-        added = len(form.constants) > (0 if form.entry is None else 1)
-        return f"{name}{', activation scale added' if added else ''}"
+        return form.plan(layer, _change(layer, form, dialect))
 
     def _plain(self, plan: LayerPlan) -> LayerPlan:
         layer = plan.layer
@@ -193,6 +188,16 @@ class Migration:
         if lost:
             words = ", ".join(sorted(lost))
             self.context.warnings.append(f"scaled_fp8 files have no place for these words of markers: {words}")
+
+
+def _change(layer: Layer, form: Form, dialect: str) -> str:
+    """What happens to a layer, in words."""
+    assert layer.encoding is not None
+    name = LEGACY_MARKER if form.entry is None else form.entry["format"]
+    stays = layer.encoding.dialect == dialect and (dialect == LEGACY or regular(layer))
+    added = len(form.constants) > (0 if form.entry is None else 1)
+    words = [f"{name} made regular" if stays else f"{layer.encoding.dialect} {words_of(layer)} to {name}"]
+    return ", ".join([*words, *(["activation scale added"] if added else [])])
 
 
 def _already(scaled: Sequence[Layer]) -> str:
