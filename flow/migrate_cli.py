@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from ..stages.dequantize import DTYPES
+from ..formats.tensors import PLAIN_DTYPES
 from .options import DRY_RUN, TALKING, WRITING, Options, add_options
 from .running import run_stage
 
@@ -25,7 +25,7 @@ _MIGRATING: Options = [
                  help="Give FP8 layers that lack an activation scale this one."),
     click.option("--clean/--no-clean", default=None,
                  help="Leave out scales and markers that belong to no quantized weight."),
-    click.option("--cast", metavar="DTYPE", help=f"Cast float tensors that are not quantized: {', '.join(DTYPES)}."),
+    click.option("--cast", metavar="DTYPE", help=f"Cast float tensors that are not quantized: {', '.join(PLAIN_DTYPES)}."),
     click.option("--cast-filter", metavar="REGEX", help="Cast only tensors whose name matches."),
     click.option("--high-precision", metavar="REGEX", help="Refuse when a layer that matches is quantized."),
     click.option("--full-precision-matmul/--no-full-precision-matmul", default=None,

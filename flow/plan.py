@@ -182,9 +182,9 @@ def plan_layers(recipe: Recipe) -> tuple[Source, list[LayerPlan], Context]:
         raise UsageError("nowhere to write: name an output with .write(path)")
     if all(stage.verb == "target" for stage in recipe.stages):
         raise UsageError("nothing to do: name a format with .quantize('mxfp8')")
-    if alone := next((stage.verb for stage in recipe.stages if getattr(stage, "alone", False)), None):
-        if others := ", ".join(stage.verb for stage in recipe.stages if stage.verb != alone):
-            raise UsageError(f"{alone} stands alone: leave {others} out, or run it on the result of the other")
+    alone = next((stage.verb for stage in recipe.stages if getattr(stage, "alone", False)), None)
+    if alone and (others := ", ".join(stage.verb for stage in recipe.stages if stage.verb != alone)):
+        raise UsageError(f"{alone} stands alone: leave {others} out, or run it on the result of the other")
     where = recipe.source[0] if len(recipe.source) == 1 else list(recipe.source)
     source = open_source(where)
     context = Context(source)

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 from ..formats.errors import PlanError, UsageError, did_you_mean, listed, shown
-from ..formats.tensors import TensorSpec
+from ..formats.tensors import PLAIN_DTYPES, TensorSpec
 from .casting import Cast, Finite
 from .forms import plain_form
 from .reading import Decode
@@ -15,8 +15,6 @@ from .stage import Context
 from .work import LayerPlan
 from .writing import Write
 
-DTYPES = {"bf16": "BF16", "f16": "F16", "f32": "F32"}
-"""Names of dtypes as options give them -> as safetensors does."""
 _NONFINITE = ("refuse", "keep")
 _NAMED = 8
 
@@ -34,8 +32,8 @@ class Dequantize:
     """A weight that decodes to NaN or Inf: refuse, or keep (write it as it is)."""
 
     def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise UsageError(f"dequantize: unknown dtype {shown(self.dtype)}{did_you_mean(self.dtype, DTYPES)}")
+        if self.dtype not in PLAIN_DTYPES:
+            raise UsageError(f"dequantize: unknown dtype {shown(self.dtype)}{did_you_mean(self.dtype, PLAIN_DTYPES)}")
         if self.nonfinite not in _NONFINITE:
             hint = did_you_mean(self.nonfinite, _NONFINITE)
             raise UsageError(f"dequantize: unknown nonfinite {shown(self.nonfinite)}{hint}")
@@ -66,7 +64,7 @@ class Dequantize:
     def _decoded(self, plan: LayerPlan) -> LayerPlan:
         encoding, weight = plan.layer.encoding, plan.layer.weight
         assert encoding is not None
-        spec = TensorSpec(weight.name, DTYPES[self.dtype], weight.shape)
+        spec = TensorSpec(weight.name, PLAIN_DTYPES[self.dtype], weight.shape)
         checks = [Finite()] if self.nonfinite == "refuse" else []
         steps = (Decode(), *checks, Cast(spec.name, spec.dtype), Write())
         change = f"decoded from {encoding.dialect} {encoding.format[0]} to {spec.dtype}"

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 from ..formats.errors import PlanError, UsageError, did_you_mean, listed, shown
-from .dequantize import DTYPES
+from ..formats.tensors import PLAIN_DTYPES
 from .forms import COMFY, LEGACY
 from .migration import SAME, Migration
 from .rules import compile_pattern, is_scale
@@ -44,8 +44,8 @@ class Migrate:
     def __post_init__(self) -> None:
         if self.to not in TARGETS:
             raise UsageError(f"migrate: unknown form {shown(self.to)}{did_you_mean(self.to, TARGETS)}")
-        if self.cast is not None and self.cast not in DTYPES:
-            raise UsageError(f"migrate: unknown dtype {shown(self.cast)}{did_you_mean(self.cast, DTYPES)}")
+        if self.cast is not None and self.cast not in PLAIN_DTYPES:
+            raise UsageError(f"migrate: unknown dtype {shown(self.cast)}{did_you_mean(self.cast, PLAIN_DTYPES)}")
         if self.cast_filter is not None and self.cast is None:
             raise UsageError("migrate: a cast filter needs a dtype to cast to")
         if self.input_scale is not None and not is_scale(self.input_scale):

@@ -12,8 +12,7 @@ from ..formats.errors import PlanError, UsageError, listed, shown
 from ..formats.layers import Layer
 from ..formats.markers import LEGACY as LEGACY_MARKER
 from ..formats.markers import is_legacy_marker
-from ..formats.tensors import FLOAT_DTYPES, TensorSpec
-from .dequantize import DTYPES
+from ..formats.tensors import FLOAT_DTYPES, PLAIN_DTYPES, TensorSpec
 from .forms import (
     COMFY,
     LEGACY,
@@ -107,7 +106,7 @@ class Migration:
 
     def _plain(self, plan: LayerPlan) -> LayerPlan:
         layer = plan.layer
-        stored, dtype = layer.tensors[0], DTYPES.get(self.stage.cast or "")
+        stored, dtype = layer.tensors[0], PLAIN_DTYPES.get(self.stage.cast or "")
         floats = stored.dtype in FLOAT_DTYPES and not layer.problem
         if not floats or not re.search(self.stage.cast_filter or "", stored.name):
             dtype = None
