@@ -33,7 +33,7 @@ def header_entries(recipe: Recipe, source: Source, layers: Sequence[LayerPlan], 
         metadata[HEADER_KEY] = header_entry(entries, names)
     stages = recipe.identity()
     if all(stage.verb != "quantize" for stage in recipe.stages):
-        stages = [*Origin.of(source).stages.values(), *stages]
+        stages = [*map(dict, Origin.of(source).stages.values()), *stages]
     made: dict[str, Any] = {"version": __version__, "recipe": {"stages": stages}, "plan": digest}
     if needing := sum(layer.adapter is not None and layer.adapter.method == "svdquant" for layer in layers):
         made["needs_adapter"] = needing  # so many layers are wrong without it

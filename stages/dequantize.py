@@ -12,7 +12,7 @@ from .casting import Cast, Finite
 from .forms import plain_form
 from .reading import Decode
 from .stage import Context
-from .work import LayerPlan
+from .work import LayerPlan, Step
 from .writing import Write
 
 _NONFINITE = ("refuse", "keep")
@@ -65,10 +65,10 @@ class Dequantize:
         encoding, weight = plan.layer.encoding, plan.layer.weight
         assert encoding is not None
         spec = TensorSpec(weight.name, PLAIN_DTYPES[self.dtype], weight.shape)
-        checks = [Finite()] if self.nonfinite == "refuse" else []
-        steps = (Decode(), *checks, Cast(spec.name, spec.dtype), Write())
+        steps: list[Step] = [Decode()] if self.nonfinite == "keep" else [Decode(), Finite()]
+        steps += [Cast(spec.name, spec.dtype), Write()]
         change = f"decoded from {encoding.dialect} {encoding.format[0]} to {spec.dtype}"
-        return LayerPlan(plan.layer, steps, (spec,), change=change)
+        return LayerPlan(plan.layer, tuple(steps), (spec,), change=change)
 
 
 def _bare(plan: LayerPlan) -> LayerPlan:

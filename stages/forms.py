@@ -14,7 +14,7 @@ from ..formats.markers import Entry, flat
 from ..formats.tensors import FLOAT_DTYPES, TensorRef, TensorSpec
 from .casting import Recast
 from .reading import Copy
-from .work import LayerPlan
+from .work import LayerPlan, Step
 from .writing import Write
 
 COMFY, LEGACY = "comfy", "legacy"
@@ -48,9 +48,9 @@ class Form:
         """Copies what keeps its dtype, and writes the rest anew."""
         same = tuple((ref.name, spec.name) for ref, spec in self.moves if ref.dtype == spec.dtype)
         other = tuple((ref, spec) for ref, spec in self.moves if ref.dtype != spec.dtype)
-        steps = (Copy(same), *([Recast(other)] if other else []), Write())
+        steps: list[Step] = [Copy(same)] if not other else [Copy(same), Recast(other)]
         outputs = (*(spec for _, spec in self.moves), *(spec for spec, _ in self.constants))
-        return LayerPlan(layer, steps, outputs, constants=self.constants, entry=self.entry, change=change)
+        return LayerPlan(layer, (*steps, Write()), outputs, constants=self.constants, entry=self.entry, change=change)
 
     def differs(self, layer: Layer) -> bool:
         """Whether something of the layer changes."""

@@ -265,11 +265,7 @@ def test_nothing_is_said_where_nothing_differs() -> None:
     ("arguments", "words"),
     [
         ("--extract-lora", ["--extract-lora", "instead"]),
-        ("--convert_fp8_scaled", ["--convert-fp8-scaled", "quantloom convert"]),
-        ("--convert-int8-scaled", ["--convert-int8-scaled", "--int8"]),
         ("--make-hybrid-mxfp8", ["--make-hybrid-mxfp8", "--mxfp8"]),
-        ("--legacy_input_add", ["--legacy-input-add"]),
-        ("--cleanup-fp8-scaled --scaled-fp8-marker 2", ["--cleanup-fp8-scaled"]),
         ("--actcal --actcal-samples 8", ["--actcal"]),
         ("--edit-quant --remove-keys a", ["--edit-quant"]),
         ("--input-scales s.json", ["--input-scales", "--input-scale stores"]),
