@@ -98,6 +98,8 @@ def equipped(recipe: Recipe, lora: Lora, layers: list[LayerPlan], context: Conte
         context.notes.extend(notes)
     layers = lora.equip(layers)
     if not any(layer.adapter for layer in layers):
+        if context.base is not None:
+            raise PlanError("lora: nothing to write: an adapter would bring too little on every layer; name a rank")
         context.warnings.append("lora: no adapter is written: it would bring too little on every layer")
     return layers
 
@@ -109,14 +111,21 @@ def adapter_of(layer: LayerPlan) -> dict[str, Any]:
     return {"adapter": {"rank": layer.adapter.rank, "method": layer.adapter.method, "bytes": layer.adapter.nbytes}}
 
 
+def beside(lora: Lora, output: Output) -> str:
+    """The path of the adapter of a model that is written."""
+    return lora.output or adapter_path(lora.dialect, output.path)
+
+
 def lay_out_adapter(
-    lora: Lora, layers: Sequence[LayerPlan], output: Output, digest: str
+    lora: Lora, layers: Sequence[LayerPlan], path: str, base: str
 ) -> tuple[list[LayerPlan], AdapterFile | None]:
-    """Gives the tensors of all adapters a place; PlanError for a path that cannot be one of the dialect."""
+    """Gives the tensors of all adapters a place; ``base`` is the digest of the model that they belong to.
+
+    PlanError for a path that cannot be one of the dialect.
+    """
     ranks = {plan.layer.name: plan.adapter.rank for plan in layers if plan.adapter is not None}
     if not ranks:
         return list(layers), None
-    path = lora.output or adapter_path(lora.dialect, output.path)
     file = adapter_file(lora.dialect, path)
     config = adapter_config(lora.dialect, ranks)
     if config is None and not is_single_file(path):
@@ -124,7 +133,7 @@ def lay_out_adapter(
     if config is not None and (is_single_file(path) or Path(path).is_file()):
         raise PlanError(f"{path}: an adapter of dialect {lora.dialect} is a folder; name one")
     methods = sorted({plan.adapter.method for plan in layers if plan.adapter is not None})
-    about = {"version": __version__, "base": digest, "dialect": lora.dialect, "method": ", ".join(methods)}
+    about = {"version": __version__, "base": base, "dialect": lora.dialect, "method": ", ".join(methods)}
     specs = [plan.adapter.specs for plan in layers if plan.adapter is not None]
     shard = lay_out(specs, file, None, metadata_of(about, ranks, {}))[0]
     slots = {slot.name: slot for slot in shard.slots}
@@ -138,21 +147,21 @@ def _placed(plan: LayerPlan, slots: Mapping[str, Slot]) -> LayerPlan:
     return replace(plan, adapter=replace(plan.adapter, slots=own))
 
 
-def refuse_place(adapter: AdapterFile, source: Source, output: Output, shards: Sequence[Shard]) -> None:
-    """PlanError for an adapter that would replace a file of the source or the output, or be taken for a part of one."""
+def refuse_place(adapter: AdapterFile, sources: Sequence[Source], output: Output, shards: Sequence[Shard]) -> None:
+    """PlanError for an adapter that would replace a file of a source or the output, or be taken for a part of one."""
     for file in adapter.files:
-        others = [*source.files, *(Path(shard.path) for shard in shards)]
+        others = [*(file for source in sources for file in source.files), *(Path(shard.path) for shard in shards)]
         if taken := [other for other in others if same_file(other, file)]:
             raise PlanError(f"{file}: the adapter would replace {taken[0]}; write it somewhere else")
-    if not is_single_file(output.path) and same_file(adapter.folder, output.path):
+    if shards and not is_single_file(output.path) and same_file(adapter.folder, output.path):
         raise PlanError(
             f"{adapter.path}: whoever reads the folder {output.path} would take the adapter for a part of the model; "
             "write it somewhere else"
         )
-    if source.takes_all and same_file(source.root, adapter.folder):
+    if taking := [source.root for source in sources if source.takes_all and same_file(source.root, adapter.folder)]:
         raise PlanError(
-            f"{adapter.path}: lies in the source folder, which has no index: next time it would be taken for a part of "
-            "the source; write it somewhere else"
+            f"{adapter.path}: lies in the source folder {taking[0]}, which has no index: next time it would be taken "
+            "for a part of the source; write it somewhere else"
         )
 
 

@@ -52,8 +52,13 @@ def gain_dict(gain: AdapterGain) -> dict[str, Any]:
 
 
 def adapter_lines(adapter: AdapterFile, gains: Mapping[str, AdapterGain]) -> list[str]:
-    """Where the adapter is, what it brings, where it brings little, and how it must not be used."""
-    lines = [f"adapter {adapter}"]
+    """Where the adapter is, what it brings, and how it must not be used."""
+    return [f"adapter {adapter}", *gain_lines(gains), MERGING]
+
+
+def gain_lines(gains: Mapping[str, AdapterGain]) -> list[str]:
+    """Geometric means over layers without and with their adapters, and where these bring little."""
+    lines = []
     for name, words in (("weight", "error"), ("output", "output error on these statistics")):
         pairs = [(getattr(gain.before, name), getattr(gain.after, name)) for gain in gains.values()]
         usable = [(a, b) for a, b in pairs if a and b and math.isfinite(a) and math.isfinite(b)]
@@ -67,7 +72,7 @@ def adapter_lines(adapter: AdapterFile, gains: Mapping[str, AdapterGain]) -> lis
             f"the adapter brings less than {LITTLE:.0%} on {count(len(little), 'layer')}: {listed(little, _NAMED)}; an "
             "error without structure has no part of low rank"
         )
-    return [*lines, MERGING]
+    return lines
 
 
 def _little(gains: Mapping[str, AdapterGain]) -> Sequence[str]:

@@ -131,3 +131,17 @@ def make_budget(layers: Sequence[LayerPlan], run: Run, run_id: str) -> Budget:
             )
         workers = min(workers, free // max(1, need))
     return Budget(limit, base, need, workers, environment)
+
+
+def peak_memory() -> int:
+    """Largest resident memory of this process so far, in bytes."""
+    import sys
+
+    try:
+        import resource
+    except ImportError:  # Windows
+        import psutil
+
+        return int(getattr(psutil.Process().memory_info(), "peak_wset", 0))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -16,10 +16,11 @@ from ..formats.registry import FORMATS
 from . import console
 from .calibrate_cli import calibrate
 from .dequantize_cli import dequantize
-from .entry import STOPPED, run_command
+from .entry import run_command
+from .extract_cli import extract_lora
 from .migrate_cli import migrate
-from .options import ADAPTING, JSON, RUNNING, TALKING, TARGETING, add_options, build_recipe
-from .running import run, show
+from .options import ADAPTING, DIALECT, JSON, RECIPE, TALKING, TARGETING, WRITING, add_options, build_recipe
+from .running import run_recipe, show_plan
 
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
@@ -43,25 +44,19 @@ def cli() -> None:
 @cli.command(epilog=_EPILOG, short_help="Quantize a checkpoint into a file or folder.")
 @click.argument("source")
 @click.argument("destination")
-@add_options(TARGETING, ADAPTING, RUNNING, TALKING)
+@add_options(TARGETING, ADAPTING, [DIALECT], WRITING, [RECIPE], TALKING)
 def convert(source: str, destination: str, **options: Any) -> int:
     """Quantize SOURCE (a .safetensors file, folder, index.json or glob) into DESTINATION.
 
     DESTINATION is one file if it ends in .safetensors, otherwise a folder with shards, index and configuration.
     """
-
-    def action() -> int:
-        console.setup_logging(-1 if options["quiet"] else options["verbose"])
-        run(build_recipe((source,), destination, options), options)
-        return 0
-
-    return console.guarded(action, STOPPED)
+    return run_recipe(lambda: build_recipe((source,), destination, options), options)
 
 
 @cli.command(epilog=_EPILOG, short_help="Show what convert would do, from headers alone.")
 @click.argument("source")
 @click.argument("destination", required=False)
-@add_options(TARGETING, ADAPTING, RUNNING, TALKING)
+@add_options(TARGETING, ADAPTING, [DIALECT], WRITING, [RECIPE], TALKING)
 def plan(source: str, destination: str | None, **options: Any) -> int:
     """Show what convert would do: every layer's format, why others are kept, bytes, memory, time. Reads headers only,
     unless --lora-rank auto or --lora-budget ask for a survey: that quantizes the candidate layers once.
@@ -72,7 +67,7 @@ def plan(source: str, destination: str | None, **options: Any) -> int:
     def action() -> int:
         console.setup_logging(-1 if options["quiet"] else options["verbose"])
         recipe = build_recipe((source,), destination or _unused_name(), options)
-        show(recipe, options, named=destination is not None)
+        show_plan(recipe, options, named=destination is not None)
         return 0
 
     return console.guarded(action)
@@ -86,7 +81,7 @@ def _unused_name() -> str:
     return name
 
 
-for command in (calibrate, dequantize, migrate):
+for command in (extract_lora, calibrate, dequantize, migrate):
     cli.add_command(command)
 
 
@@ -116,15 +111,20 @@ def inspect(path: str, every_layer: bool, as_json: bool) -> int:
               help="The checkpoint that OUTPUT was made from; once for each file of a list.")
 @click.option("--statistics", metavar="STORE",
               help="Also measure the output error of every layer, beside plain rounding; holds whole matrices.")
+@click.option("--adapter", metavar="PATH",
+              help="Also check that this adapter belongs to OUTPUT, and measure errors with it beside each layer.")
 @click.option("--worst", "most", default=10, show_default=True, metavar="N", help="How many layers to show.")
 @JSON
-def verify(output: str, against: tuple[str, ...], statistics: str | None, most: int, as_json: bool) -> int:
+def verify(
+    output: str, against: tuple[str, ...], statistics: str | None, adapter: str | None, most: int, as_json: bool
+) -> int:
     """Decode OUTPUT and compare it with its source, weight by weight. Exit status 1 when it is broken."""
 
     def action() -> int:
         from .verify import verify as check
 
-        result = check(output, against[0] if len(against) == 1 else list(against), statistics=statistics)
+        sources = against[0] if len(against) == 1 else list(against)
+        result = check(output, sources, statistics=statistics, adapter=adapter)
         if as_json:
             console.print_json(result.to_dict())
         else:

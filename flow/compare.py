@@ -10,7 +10,7 @@ import torch
 
 from ..formats.layers import Layer
 from ..formats.reduce import absmax
-from ..stages.reading import Decode, Read, read_whole
+from ..stages.reading import read_whole, reader
 from ..stages.work import Environment, LayerPlan, Work
 
 ERROR_BOUNDS = {"": 0.01, "fp8": 0.06, "fp8_e5m2": 0.12, "int8": 0.25, "mxfp8": 0.06, "nvfp4": 0.18}
@@ -86,7 +86,22 @@ class Comparison:
         return ""
 
 
-def compare(made: Layer, source: Layer, environment: Environment) -> Comparison:
+@dataclass(frozen=True)
+class Factors:
+    """An adapter of low rank."""
+
+    up: torch.Tensor
+    """Float32 (m, r)."""
+    down: torch.Tensor
+    """Float32 (r, n)."""
+
+    def rows(self, first: int, number: int) -> torch.Tensor:
+        """Float32 (number, n): rows of their product."""
+        return self.up[first : first + number] @ self.down
+
+
+def compare(made: Layer, source: Layer, environment: Environment, beside: Factors | None = None) -> Comparison:
+    """The sums over all weights of a stored layer, with the adapter ``beside`` it where there is one."""
     found, first = Comparison(numel=source.weight.numel), 0
     name = made.encoding.format[0] if made.encoding else ""
     if len(made.weight.shape) != 2:
@@ -95,6 +110,8 @@ def compare(made: Layer, source: Layer, environment: Environment) -> Comparison:
         rows = max(1, _RANGE_WEIGHTS // made.weight.shape[1])
         pairs = zip(rows_of(made, rows, environment), rows_of(source, rows, environment), strict=True)
     for ours, theirs in pairs:
+        if beside is not None:
+            ours = ours + beside.rows(first, len(ours))
         distance, magnitude = (ours - theirs).abs_(), theirs.abs()
         unit = max(float(magnitude.max()), float(distance.max())) or 1.0
         found.difference += _sum((distance / unit).square_()) * unit**2  # squares of float32 leave its range
@@ -142,8 +159,7 @@ def rows_of(layer: Layer, rows: int, environment: Environment) -> Iterator[torch
     """Float32 rows of a layer, ``rows`` at a time whatever the storage, so that two layers can be walked together."""
     environment = replace(environment, chunk_bytes=1)  # a chunk is then ``multiple`` rows
     plan = LayerPlan(layer, (), ())
-    step = Decode(multiple=rows) if layer.encoding else Read(multiple=rows)
-    for chunk in step.run(Work(plan, (0, plan.rows), environment)).chunks():
+    for chunk in reader(layer, rows).run(Work(plan, (0, plan.rows), environment)).chunks():
         yield chunk.x.to(torch.float32, copy=True)  # the buffers below are the thread's, and the other layer's too
 
 

@@ -156,13 +156,16 @@ _MODES = (
 )  # fmt: skip
 
 _LORA = (
-    Flag("--extract-lora", "Not available.",
-         instead="keep the worst layers (quantloom verify lists them) with --exclude-layers"),
-    Flag("--lora-rank", "With --extract-lora.", int, needs="extract_lora"),
-    Flag("--lora-target", "With --extract-lora.", str, needs="extract_lora"),
-    Flag("--lora-depth", "With --extract-lora.", int, needs="extract_lora"),
-    Flag("--lora-ar-threshold", "With --extract-lora.", float, needs="extract_lora"),
-    Flag("--lora-output", "With --extract-lora.", str, needs="extract_lora"),
+    Flag("--extract-lora", "Write a LoRA with what chosen layers lost, beside the output. Apply it beside the matmul: "
+         "merged into quantized weights it was measured to be worse than none."),
+    Flag("--lora-rank", "Its rank. Default: 32.", int, needs="extract_lora"),
+    Flag("--lora-target", "Regular expression: layers that get one. Default: the first blocks' layers that are about "
+         "square, or attention.", str, needs="extract_lora"),
+    Flag("--lora-depth", "Layers of so many first blocks. Default: 1.", int, needs="extract_lora"),
+    Flag("--lora-ar-threshold", "Layers of any name with an aspect ratio below this. Default 0: rules decide.", float,
+         needs="extract_lora"),
+    Flag("--lora-output --lora-save-path", "Where it goes. Default: the output's name with _lora.", str,
+         needs="extract_lora"),
 )  # fmt: skip
 
 

@@ -50,7 +50,7 @@ def translate(options: Options) -> Translation:
     chosen = [quantize, *(rule.settings for rule in rules), *([fallback] if fallback else [])]
     _check_rotation(options, chosen)
     recipe = _without_stages(options)
-    for verb, values in (("target", target), ("quantize", quantize)):
+    for verb, values in (("target", target), ("quantize", quantize), *_adapter(options)):
         recipe = recipe.with_stage(make_stage(verb, values))
     notes = _notes(options, chosen)
     if config.default is not None and any(name in options for name in ("int8", "nvfp4", "mxfp8", "scaling_mode")):
@@ -63,6 +63,15 @@ def _without_stages(options: Options) -> Recipe:
     output = options.get("output") or automatic_output(options)
     run = Run(parse_size(options.get("memory"), "--memory"), options.get("workers"), options.get("device", "cpu"))
     return Recipe((options["input"],), (), Output(output, overwrite="overwrite" in options), run)
+
+
+def _adapter(options: Options) -> list[tuple[str, dict[str, Any]]]:
+    """The lora stage, where an adapter is asked for; an empty pattern or path is none, as in the original."""
+    if "extract_lora" not in options:
+        return []
+    names = ("rank", "target", "depth", "ar_threshold", "output")
+    given = {name: options[f"lora_{name}"] for name in names if options.get(f"lora_{name}") not in (None, "")}
+    return [("lora", given)]
 
 
 def automatic_output(options: Options) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from ..formats.errors import QuantloomError, UsageError, printable
+from .adapter_report import GAINS, gain_lines
 from .progress import Display
 from .quality import MEASURES, Column, gains
 from .sizes import count, show_size
@@ -137,7 +138,8 @@ def print_plan(plan: Plan, budget: Budget, verbose: bool = False) -> None:
 
     console = stdout()
     adapters = (">adapter",) if plan.adapter else ()
-    table = _table("layer", ">shape", "becomes", ">before", ">after", *adapters)
+    becomes = ("becomes", ">before", ">after") if plan.base is None else ("stored as", ">original")
+    table = _table("layer", ">shape", *becomes, *adapters)
     most = max(20, console.width // 4)
     for layer in plan.layers:
         shape = layer.layer.weight.shape
@@ -145,7 +147,7 @@ def print_plan(plan: Plan, budget: Budget, verbose: bool = False) -> None:
             continue
         kept = shortened(f"kept: {layer.reason}" if layer.reason else "copied", most)
         what = Text(layer.format or layer.change) if layer.format or layer.change else Text(kept, "dim")
-        sizes = short_size(layer.layer.nbytes), short_size(layer.nbytes_out)
+        sizes = [short_size(layer.layer.nbytes), *([] if plan.base else [short_size(layer.nbytes_out)])]
         adapter = f"rank {layer.adapter.rank}, {short_size(layer.adapter.nbytes)}" if layer.adapter else ""
         table.add_row(Name(layer.layer.name), "x".join(map(str, shape)), what, *sizes, *([adapter] if adapters else []))
     console.print(table)
@@ -187,7 +189,7 @@ def print_inspection(found: Inspection, every_layer: bool) -> None:
 def print_verification(result: Verification, most: int) -> None:
     """Worst layers, problems, and the verdict."""
     console = stdout()
-    measured = [column for column in MEASURES if any(column.of(layer) for layer in result.worst)]
+    measured = [column for column in (*MEASURES, *GAINS) if any(column.of(layer) for layer in result.worst)]
     columns = measured or [Column("relative error", lambda layer: f"{layer.error:.5f}")]
     table = _table("layer", "format", *(f">{column.heading}" for column in columns))
     for layer in result.worst[:most]:
@@ -199,8 +201,9 @@ def print_verification(result: Verification, most: int) -> None:
         console.print(f"[red]broken:[/] {_escape(problem)}", soft_wrap=True)
     for name in result.unknown if result.layers else ():
         console.print(f"[yellow]warning:[/] {_escape(name)}: not in the source", soft_wrap=True)
-    for line in gains([layer.quality for layer in result.worst if layer.quality]):
-        console.print(line)
+    beside = {layer.name: layer.gain for layer in result.worst if layer.gain}
+    for line in [*gains([layer.quality for layer in result.worst if layer.quality]), *gain_lines(beside)]:
+        console.print(line, soft_wrap=True)
     verdict = "sound" if result.ok else f"BROKEN ({count(len(result.problems), 'problem')})"
     layers = ", ".join(_tallies(result))
     console.print(f"{_escape(result.output)}: {verdict}; {layers}", soft_wrap=True)

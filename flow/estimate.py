@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ..stages.extract import Extract
 from ..stages.matrix import Solve
 from ..stages.work import LayerPlan
 from .budget import cores
@@ -24,13 +25,13 @@ def estimate_seconds(layers: Sequence[LayerPlan], run: Run, workers: int | None 
     tasks = workers or run.workers or cores()
     seconds = 0.0
     for plan in layers:
-        kind = plan.format.partition(" ")[0] if plan.format else "copy"
+        kind = plan.format.partition(" ")[0] if plan.format and plan.outputs else "copy"
         rate = _CPU_SECONDS_PER_GB.get(kind, 3.0)
         cuda = run.device.startswith("cuda")
         if cuda:
             rate = _CUDA_SECONDS_PER_GB * tasks
         seconds += plan.layer.nbytes / 1e9 * rate
         for step in plan.steps:
-            if isinstance(step, Solve):
+            if isinstance(step, Solve | Extract):
                 seconds += step.operations(plan) / (_CUDA_OPERATIONS / tasks if cuda else _CPU_OPERATIONS)
     return seconds / tasks

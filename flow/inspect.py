@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from ..formats.layers import Layer, group_layers
+from ..formats.layers import describe, group_layers
 from ..formats.source import Source, open_source
 
 
@@ -35,21 +35,6 @@ class Inspection:
             "path": self.path, "files": list(self.files), "bytes": self.nbytes, "metadata": self.metadata,
             "dialects": self.dialects, "formats": formats, "layers": list(self.layers), "problems": list(self.problems),
         }  # fmt: skip
-
-
-def describe(layer: Layer) -> str:
-    """``nvfp4``, ``fp8 block 128``, ``int8 row rotated 256`` as in plans, or the dtype of plain numbers."""
-    if layer.encoding is None:
-        return layer.weight.dtype
-    name, scaling, size = layer.encoding.format
-    words = [name]
-    if layer.encoding.scales is None:
-        words.append("without scale")
-    elif scaling != "group":
-        words += [scaling, *([str(size)] if size else [])]
-    if layer.encoding.rotation:
-        words += ["rotated", str(layer.encoding.rotation)]
-    return " ".join(words)
 
 
 def inspect(path: str | list[str]) -> Inspection:

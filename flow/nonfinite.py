@@ -18,8 +18,7 @@ from .threads import map_layers
 
 def settle_nonfinite(plan: Plan) -> Plan:
     """The plan, or one in which layers with NaN or Inf weights are kept, when the recipe asks for that."""
-    quantize = next((stage for stage in plan.recipe.stages if isinstance(stage, Quantize)), None)
-    if quantize is None or quantize.nonfinite != "keep":
+    if not any(isinstance(stage, Quantize) and stage.nonfinite == "keep" for stage in plan.recipe.stages):
         return plan
     reasons = nonfinite_layers(plan.quantized)
     return make_plan(plan.recipe, reasons) if reasons else plan

@@ -1,9 +1,9 @@
-"""The options of ``convert`` and ``plan``, and the recipe that they make."""
+"""The options of ``convert``, ``plan`` and ``extract-lora``, and the recipes that they make."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import click
@@ -16,6 +16,11 @@ from .recipe import DIALECTS, Output, Recipe, Run
 from .sizes import parse_size
 
 Options = list[Callable[[Any], Any]]
+
+STATISTICS = click.option(
+    "--statistics", metavar="STORE",
+    help="Statistics of the layers' inputs, from `quantloom calibrate MODEL --random-tokens`.",
+)  # fmt: skip
 
 TARGETING: Options = [
     click.option("--format", "format_", metavar="FORMAT", help=f"One of {', '.join(FORMATS)}."),
@@ -31,8 +36,7 @@ TARGETING: Options = [
                  "calibrated (needs --statistics); gradient. `quantloom roundings` tells when to use which."),
     click.option("-O", "--rounding-option", "rounding_options", metavar="NAME=VALUE", multiple=True,
                  help="An option of the rounding, such as damping=0.1. Repeatable; `quantloom roundings` lists them."),
-    click.option("--statistics", metavar="STORE",
-                 help="Statistics of the layers' inputs, from `quantloom calibrate MODEL --random-tokens`."),
+    STATISTICS,
     click.option("--without-statistics", metavar="ROUNDING|keep",
                  help="What layers that the statistics lack get instead of calibrated. Default: mse."),
     click.option("--bias-correction/--no-bias-correction", default=None,
@@ -55,28 +59,49 @@ TARGETING: Options = [
                  help="A layer with NaN or Inf: refuse the conversion (default), or keep the layer."),
 ]  # fmt: skip
 
+
+def _adapting(prefix: str, rank: str, methods: Sequence[str]) -> Options:
+    """How adapters are made, under names that begin with ``prefix``."""
+
+    def option(name: str, **given: Any) -> Callable[[Any], Any]:
+        return click.option(f"--{prefix}{name}", f"lora_{name.replace('-', '_')}", **given)
+
+    return [
+        option("rank", metavar="N|auto", help=f"{rank}; auto: per layer, from its error."),
+        option("target", metavar="REGEX",
+               help="Layers that get one. Default: the first blocks' layers that are about square, or attention."),
+        option("depth", type=int, metavar="N", help="Layers of so many first blocks. Default: 1."),
+        option("ar-threshold", type=float, metavar="X",
+               help="Layers of any name with an aspect ratio below this. Default 0: rules decide."),
+        option("method", metavar="METHOD",
+               help=f"One of {', '.join(methods)}. auto (default): weighted with --statistics, else svd."),
+        option("budget", metavar="SIZE|N%",
+               help="What all adapters may take, such as 50MB or 2% of the source; they go where they help most."),
+        option("dtype", metavar="DTYPE", help="F32 (default), BF16 or F16."),
+        option("dialect", metavar="NAME",
+               help=f"Names and layout of the adapter: {', '.join(ADAPTER_DIALECTS)}. Default: comfy."),
+    ]  # fmt: skip
+
+
 ADAPTING: Options = [
-    click.option("--lora-rank", metavar="N|auto",
-                 help="Write an error-correction LoRA of this rank beside the output (default 32 with any other --lora "
-                 "option); auto: per layer, from its error."),
-    click.option("--lora-target", metavar="REGEX",
-                 help="Layers that get one. Default: the first blocks' layers that are about square, or attention."),
-    click.option("--lora-depth", type=int, metavar="N", help="Layers of so many first blocks. Default: 1."),
-    click.option("--lora-ar-threshold", type=float, metavar="X",
-                 help="Layers of any name with an aspect ratio below this. Default 0: rules decide."),
-    click.option("--lora-method", metavar="METHOD",
-                 help=f"One of {', '.join(METHODS)}. auto (default): weighted with --statistics, else svd."),
-    click.option("--lora-budget", metavar="SIZE|N%",
-                 help="What all adapters may take, such as 50MB or 2% of the source; they go where they help most."),
-    click.option("--lora-dtype", metavar="DTYPE", help="F32 (default), BF16 or F16."),
-    click.option("--lora-dialect", metavar="NAME",
-                 help=f"Names and layout of the adapter: {', '.join(ADAPTER_DIALECTS)}. Default: comfy."),
+    *_adapting("lora-", "Write an error-correction LoRA of this rank beside the output (default 32 with any other "
+               "--lora option)", METHODS),
     click.option("--lora-output", "--lora-save-path", "lora_output", metavar="PATH",
                  help="Where the adapter goes. Default: beside the output, *_lora.safetensors."),
 ]  # fmt: skip
 
-WRITING: Options = [
-    click.option("--shard-size", metavar="SIZE", help="Largest output file, such as 5GB (the default for a folder)."),
+EXTRACTING: Options = [
+    *_adapting("", "Rank of the adapter of every layer (default 32)",
+               [method for method in METHODS if method != "svdquant"]),
+    STATISTICS,
+]  # fmt: skip
+
+DIALECT = click.option("--dialect", default=None, metavar="NAME",
+                       help=f"Names and layouts of the output: {', '.join(DIALECTS)}.")  # fmt: skip
+RECIPE = click.option("--recipe", "recipe_file", metavar="FILE",
+                      help="Start from a JSON recipe; options given here win.")  # fmt: skip
+
+RUNNING: Options = [
     click.option("--memory", metavar="SIZE",
                  help="What the process may use, such as 8GB. Default: half of what is free."),
     click.option("--workers", type=int, metavar="N",
@@ -88,14 +113,12 @@ WRITING: Options = [
                  help="Replace an existing output, once the new one is complete."),
 ]  # fmt: skip
 
-RUNNING: Options = [
-    click.option("--dialect", default=None, metavar="NAME",
-                 help=f"Names and layouts of the output: {', '.join(DIALECTS)}."),
-    *WRITING,
-    click.option("--recipe", "recipe_file", metavar="FILE", help="Start from a JSON recipe; options given here win."),
-]  # fmt: skip
+WRITING: Options = [
+    click.option("--shard-size", metavar="SIZE", help="Largest output file, such as 5GB (the default for a folder)."),
+    *RUNNING,
+]
 
-DRY_RUN = click.option("--dry-run", is_flag=True, help="Show what would be done, from headers alone; write nothing.")
+DRY_RUN = click.option("--dry-run", is_flag=True, help="Show what would be done, and write nothing.")
 
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 
@@ -147,7 +170,18 @@ def build_recipe(source: tuple[str, ...], destination: str, options: dict[str, A
     stages["target"] = {**stages.get("target", {}), **_given(options, {name: name for name in _TARGET})}
     if adapter := _adapter(options):
         stages["lora"] = {**stages.get("lora", {}), **adapter}
-    return _with_stages(base, source, destination, stages, options)
+    return _recipe(base, stages, source or base.source, destination, options)
+
+
+def build_extraction(original: str, quantized: str, adapter: str, options: dict[str, Any]) -> Recipe:
+    """The recipe of an adapter for a model that is quantized already, on top of ``--recipe`` when that is given."""
+    base = Recipe.load(options["recipe_file"]) if options.get("recipe_file") else Recipe()
+    stages = {stage.verb: stage.to_dict() for stage in base.stages}
+    stages["quantized_as"] = {
+        **stages.get("quantized_as", {}), "model": quantized, **_given(options, {"statistics": "statistics"}),
+    }  # fmt: skip
+    stages["lora"] = {**stages.get("lora", {}), **_adapter(options)}
+    return _recipe(base, stages, (original,), adapter, options)
 
 
 def one_stage_recipe(
@@ -155,13 +189,13 @@ def one_stage_recipe(
 ) -> Recipe:
     """The recipe of a command that is one stage: ``values`` are the stage's options, None where one was not given."""
     given = {name: value for name, value in values.items() if value is not None}
-    return _with_stages(Recipe(), (source,), destination, {verb: given}, options)
+    return _recipe(Recipe(), {verb: given}, (source,), destination, options)
 
 
-def _with_stages(
-    base: Recipe, source: tuple[str, ...], destination: str, stages: dict[str, Any], options: dict[str, Any]
-) -> Recipe:
-    """``base`` with other stages and what the options say of output and run."""
+def _recipe(
+    base: Recipe, stages: dict[str, dict[str, Any]], source: tuple[str, ...], destination: str, options: dict[str, Any]
+) -> Recipe:  # fmt: skip
+    """These stages, with how and where to write as given or as ``base`` has it."""
     run = {**vars(base.run), **_given(options, {name: name for name in ("workers", "device", "scheduler")})}
     if options.get("memory") is not None:
         run["memory"] = parse_size(options["memory"], "--memory")
@@ -169,7 +203,7 @@ def _with_stages(
     given = _given(options, {"dialect": "dialect", "overwrite": "overwrite"})
     if options.get("shard_size") is not None:
         given["shard_bytes"] = parse_size(options["shard_size"], "--shard-size")
-    recipe = Recipe(source or base.source, (), Output(**{**output, **given, "path": destination}), Run(**run))
+    recipe = Recipe(source, (), Output(**{**output, **given, "path": destination}), Run(**run))
     for verb, values in stages.items():
         recipe = recipe.with_stage(make_stage(verb, values))
     return recipe

@@ -12,14 +12,16 @@ from .plan import Plan
 
 
 def folder_of(plan: Plan) -> Path:
-    """Where the model's files lie."""
+    """Where the model's files lie; the adapter's where it is written alone."""
+    if not plan.shards and plan.adapter is not None:
+        return plan.adapter.folder
     output = Path(plan.output.path)
     return output.parent if is_single_file(plan.output.path) else output
 
 
 def folders_of(plan: Plan) -> list[Path]:
     """Every folder that files are written to."""
-    return [folder_of(plan), *([] if plan.adapter is None else [plan.adapter.folder])]
+    return list(dict.fromkeys([folder_of(plan), *([] if plan.adapter is None else [plan.adapter.folder])]))
 
 
 def final_paths(plan: Plan) -> list[Path]:
@@ -37,7 +39,7 @@ def stale_files(plan: Plan) -> list[Path]:
     names, and only when the output is in shards again: ``flux-00001-of-00003`` beside ``flux`` may be another model.
     """
     folder, single = folder_of(plan), is_single_file(plan.output.path)
-    if not folder.is_dir() or (single and plan.output.shard_bytes is None):
+    if not plan.shards or not folder.is_dir() or (single and plan.output.shard_bytes is None):
         return []
     stem = stem_in(plan)
     index = folder / f"{stem}{SUFFIX}.index.json"
@@ -58,7 +60,7 @@ def leftovers(plan: Plan, ending: str) -> list[Path]:
         return []
     pattern = re.compile(re.escape(stem_in(plan)) + rf"(-\d{{5}}-of-\d{{5}})?{SUFFIX}(\.index\.json)?{ending}")
     names = {target.name + ending for _, target in sidecars_of(plan)}
-    own = [path for path in folder.iterdir() if pattern.fullmatch(path.name) or path.name in names]
+    own = [path for path in folder.iterdir() if plan.shards and (pattern.fullmatch(path.name) or path.name in names)]
     files = [] if plan.adapter is None else [path.with_name(path.name + ending) for path in plan.adapter.files]
     return sorted({*own, *(path for path in files if os.path.lexists(path))})
 
@@ -68,6 +70,8 @@ def locks_of(plan: Plan) -> list[Path]:
     folder = folder_of(plan)
     file = folder / f"{stem_in(plan)}{SUFFIX}.lock"
     adapter = [] if plan.adapter is None else [Path(f"{plan.adapter.shard.path}.lock")]
+    if not plan.shards:
+        return adapter
     return [*([] if is_single_file(plan.output.path) else [folder / ".quantloom.lock"]), file, *adapter]
 
 
@@ -88,6 +92,6 @@ def _shards_of(index: Path) -> set[str]:
 
 def sidecars_of(plan: Plan) -> list[tuple[Path, Path]]:
     """(source, target) of configuration and tokenizer files, for a folder output."""
-    if is_single_file(plan.output.path):
+    if not plan.shards or is_single_file(plan.output.path):
         return []
     return [(path, folder_of(plan) / path.name) for path in plan.source.sidecars]

@@ -82,6 +82,9 @@ class Pipeline:
                      rotate: str | None = None, rounding: str = "mse", **options: Any) -> Pipeline:  # fmt: skip
             """Quantizes the chosen layers; see ``quantloom.stages.quantize.Quantize``."""
 
+        def quantized_as(self, model: str, *, statistics: str | None = None) -> Pipeline:
+            """Takes a quantized model instead; see ``quantloom.stages.quantized_as.QuantizedAs``."""
+
         def lora(self, *, rank: int | str = 32, target: str | None = None, depth: int = 1, ar_threshold: float = 0.0,
                  method: str = "auto", budget: int | str | None = None, **options: Any) -> Pipeline:  # fmt: skip
             """Writes an adapter for what quantization took; see ``quantloom.stages.lora.Lora``."""

@@ -5,29 +5,27 @@ from __future__ import annotations
 import hashlib
 import html
 import json
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from .. import __version__
 from ..formats.errors import CheckpointError, PlanError, UsageError
-from ..formats.fileio import same_file
 from ..formats.layers import Layer, group_layers
-from ..formats.shards import Shard, lay_out, stem_of
+from ..formats.shards import Shard
 from ..formats.source import Source, open_source
-from ..formats.tensors import Slot
 from ..stages.keeping import keep
 from ..stages.lora import Lora
+from ..stages.origin import Origin
+from ..stages.quantized_as import QuantizedAs
 from ..stages.stage import Context, Stage, make_stage
 from ..stages.work import LayerPlan
-from .adapter import AdapterFile, adapter_of, equipped, lay_out_adapter, refuse_place
+from .adapter import AdapterFile, adapter_of, beside, equipped, lay_out_adapter, refuse_place
 from .budget import Budget
 from .estimate import estimate_seconds
-from .origin import header_entries
-from .parts import split_large
+from .model_files import lay_out_model
 from .recipe import Output, Recipe
 from .sizes import count, show_seconds, show_size
 from .together import put_together
@@ -47,7 +45,9 @@ class Plan:
     """What was found and decided, for people."""
     warnings: tuple[str, ...] = ()
     adapter: AdapterFile | None = None
-    """The adapter that is written beside the output."""
+    """The adapter that is written beside the output ..."""
+    base: Source | None = None
+    """... or alone, for this model, which is quantized already: then there are no shards."""
     verbatim: bool = False
     """Whether configuration files are copied as they are: a stage only edited."""
 
@@ -55,6 +55,11 @@ class Plan:
     def output(self) -> Output:
         assert self.recipe.output is not None
         return self.recipe.output
+
+    @property
+    def base_path(self) -> str:
+        """The quantized model that an adapter alone is written for; empty where a model is written."""
+        return next((stage.model for stage in self.recipe.stages if isinstance(stage, QuantizedAs)), "")
 
     @property
     def nbytes_in(self) -> int:
@@ -99,6 +104,7 @@ class Plan:
         ]  # fmt: skip
         return {
             "source": list(self.recipe.source), "digest": self.digest,
+            **({} if self.base is None else {"quantized": self.base_path}),
             "bytes_in": self.nbytes_in, "bytes_out": self.nbytes_out,
             "files": [{"path": shard.path, "bytes": shard.size} for shard in self.shards],
             "peak_memory_bytes": budget.peak_bytes, "workers": budget.workers, "memory_budget_bytes": budget.limit,
@@ -114,8 +120,13 @@ class Plan:
         found = f"{files}, {tensors}, {show_size(self.nbytes_in)}"
         made = f"{count(len(self.shards), 'file')}, {show_size(self.nbytes_out)}"
         made += f", dialect {self.output.dialect}" if self.quantized else ""
-        lines = [f"source   {', '.join(self.recipe.source)}  ({found})", f"output   {self.output.path}  ({made})"]
-        for name, number in sorted(self.formats.items()):
+        lines = [f"source   {', '.join(self.recipe.source)}  ({found})"]
+        if self.base is None:
+            lines.append(f"output   {self.output.path}  ({made})")
+        else:
+            words = ", ".join(f"{count(number, 'layer')} {name}" for name, number in sorted(self.formats.items()))
+            lines.append(f"base     {self.base_path}  ({words})")
+        for name, number in sorted(self.formats.items() if self.base is None else ()):
             chosen = [layer for layer in self.quantized if layer.format == name]
             by = ", ".join(sorted({layer.rounding for layer in chosen}))
             before, after = sum(layer.layer.nbytes for layer in chosen), sum(layer.nbytes_out for layer in chosen)
@@ -132,8 +143,10 @@ class Plan:
 
     def __repr__(self) -> str:
         sizes = f"{show_size(self.nbytes_in)} -> {show_size(self.nbytes_out)}"
-        done = f"{self.changed.total()} changed" if self.changed else f"{len(self.quantized)} quantized"
-        numbers = f"{done} of {count(len(self.layers), 'tensor')}"
+        number, done = len(self.quantized), "quantized"
+        if self.changed:
+            number, done = self.changed.total(), "changed"
+        numbers = f"{number} of {count(len(self.layers), 'tensor')} {done}"
         return f"Plan({', '.join(self.recipe.source)!r} -> {self.output.path!r}: {numbers}, {sizes})"
 
     def _repr_html_(self) -> str:
@@ -158,20 +171,21 @@ def make_plan(recipe: Recipe, keep_reasons: Mapping[str, str] | None = None) -> 
     if lora is not None:
         layers = equipped(recipe, lora, layers, context)
     digest = _digest(recipe, source, forced)
-    metadata = header_entries(recipe, source, layers, digest) if context.metadata is None else context.metadata
-    groups = [layer.outputs for layer in layers]
-    stem = stem_of(source.files)
-    shards = lay_out(groups, recipe.output.path, recipe.output.shard_bytes, metadata, stem)
-    _refuse_same_file(source, recipe.output, shards)
-    slots = {slot.name: slot for shard in shards for slot in shard.slots}
-    placed = [split_large(replace(layer, slots=_slots(layer, slots))) for layer in layers]
-    placed, adapter = put_together(placed, recipe.run.device), None
+    shards: list[Shard] = []
+    if context.base is None:
+        layers, shards = lay_out_model(recipe, context, layers, digest)
+    else:
+        layers = [layer for layer in layers if layer.adapter is not None]  # nothing is written of the others
+    layers, adapter = put_together(layers, recipe.run.device), None
     if lora is not None:
-        placed, adapter = lay_out_adapter(lora, placed, recipe.output, digest)
+        place = recipe.output.path if context.base is not None else beside(lora, recipe.output)
+        base = digest if context.base is None else Origin.of(context.base).digest
+        layers, adapter = lay_out_adapter(lora, layers, place, base)
     if adapter is not None:
-        refuse_place(adapter, source, recipe.output, shards)
+        refuse_place(adapter, [source, *([context.base] if context.base else [])], recipe.output, shards)
     said = tuple(context.notes), tuple(context.warnings)
-    return Plan(recipe, source, tuple(placed), tuple(shards), digest, *said, adapter, context.metadata is not None)
+    verbatim = context.metadata is not None
+    return Plan(recipe, source, tuple(layers), tuple(shards), digest, *said, adapter, context.base, verbatim)
 
 
 def plan_layers(recipe: Recipe) -> tuple[Source, list[LayerPlan], Context]:
@@ -180,26 +194,21 @@ def plan_layers(recipe: Recipe) -> tuple[Source, list[LayerPlan], Context]:
         raise UsageError("nothing to read: name a checkpoint with .read(path)")
     if recipe.output is None:
         raise UsageError("nowhere to write: name an output with .write(path)")
-    if all(stage.verb == "target" for stage in recipe.stages):
-        raise UsageError("nothing to do: name a format with .quantize('mxfp8')")
-    alone = next((stage.verb for stage in recipe.stages if getattr(stage, "alone", False)), None)
-    if alone and (others := ", ".join(stage.verb for stage in recipe.stages if stage.verb != alone)):
-        raise UsageError(f"{alone} stands alone: leave {others} out, or run it on the result of the other")
+    stages = _complete(recipe)
     where = recipe.source[0] if len(recipe.source) == 1 else list(recipe.source)
     source = open_source(where)
     context = Context(source)
     found = group_layers(source)
     _refuse_shared_names(found)
     layers = [keep(layer, layer.problem or "") for layer in found]  # a stage that touches a layer gives its own reason
-    for stage in _with_target(recipe.stages):
+    for stage in stages:
         layers = stage.plan(layers, context)
     unreadable = [plan.layer for plan in layers if plan.layer.problem and plan.outputs]
-    if unreadable:
+    if unreadable and context.base is None:
         first = f"{unreadable[0].name}: {unreadable[0].problem}"
         context.warnings.insert(
-            0,
-            f"{len(unreadable)} quantized layers are passed through as they are; a client that does not know their "
-            f"coding would take the codes for numbers. The first: {first}",
+            0, f"{len(unreadable)} quantized layers are passed through as they are; a client that does not know their "
+            f"coding would take the codes for numbers. The first: {first}"
         )
     return source, layers, context
 
@@ -214,31 +223,25 @@ def _refuse_shared_names(layers: Sequence[Layer]) -> None:
             raise CheckpointError(f"{layer.tensors[0].path}: tensors {names} share the name of a layer: rename one")
 
 
-def _with_target(stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
-    """What is quantized is targeted, by defaults when the recipe does not say how."""
-    verbs = {stage.verb for stage in stages}
-    return (make_stage("target", {}), *stages) if "quantize" in verbs and "target" not in verbs else stages
-
-
-def _slots(layer: LayerPlan, slots: dict[str, Slot]) -> tuple[Slot, ...]:
-    return tuple(slots[spec.name] for spec in layer.outputs)
-
-
-def _refuse_same_file(source: Source, output: Output, shards: Sequence[Shard]) -> None:
-    """The input is not written over, by whatever path or link the output leads to it."""
-    folders = {source.root, *(path.parent for path in source.files)}
-    if os.path.isdir(output.path) and any(same_file(folder, output.path) for folder in folders):
-        raise PlanError(f"{output.path}: input and output are the same folder; write to another one")
-    if source.takes_all and same_file(source.root, os.path.dirname(shards[0].path) or "."):
-        raise PlanError(
-            f"{output.path}: lies in the source folder, which has no index: next time it would be taken for a part of "
-            "the source; write to another folder"
-        )
-    targets = [path for path in {output.path, *(shard.path for shard in shards)} if os.path.exists(path)]
-    for path in source.files:
-        for target in targets:
-            if same_file(path, target):
-                raise PlanError(f"{target}: input and output are the same file; write somewhere else")
+def _complete(recipe: Recipe) -> tuple[Stage, ...]:
+    """The stages, with targeting by its defaults where the recipe does not say how; UsageError for too few or many."""
+    verbs = {stage.verb for stage in recipe.stages}
+    if alone := next((stage.verb for stage in recipe.stages if getattr(stage, "alone", False)), None):
+        if others := ", ".join(sorted(verbs - {alone})):
+            raise UsageError(f"{alone} stands alone: leave {others} out, or run it on the result of the other")
+    elif "quantized_as" in verbs:
+        if other := verbs & {"quantize", "target"}:
+            drop = " and ".join(sorted(other))
+            raise UsageError(f"quantized_as names a model that is quantized already: drop {drop}")
+        if "lora" not in verbs:
+            raise UsageError("nothing to do: make an adapter for the quantized model with .lora(rank=32)")
+        if any(isinstance(stage, Lora) and stage.output for stage in recipe.stages):
+            raise UsageError("quantized_as writes the adapter alone: name its path with .write(path), not in lora")
+    elif "quantize" not in verbs:
+        raise UsageError("nothing to do: name a format with .quantize('mxfp8')")
+    elif "target" not in verbs:
+        return make_stage("target", {}), *recipe.stages
+    return recipe.stages
 
 
 def _digest(recipe: Recipe, source: Source, forced: Mapping[str, str]) -> str:

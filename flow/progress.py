@@ -53,9 +53,11 @@ class Display:
             self._start_bars()
         else:
             aim = "to change" if plan.changed else "to quantize"
-            words = f"{count(len(plan.layers), 'tensor')} ({count(self.total_layers, 'layer')} {aim})"
+            words = f"converting {count(len(plan.layers), 'tensor')} ({count(self.total_layers, 'layer')} {aim})"
+            if plan.base is not None:
+                words = f"comparing {count(self.total_layers, 'layer')} with {plan.base_path}"
             tasks = f"{count(budget.workers, 'task')} at a time, memory budget {show_size(budget.limit)}"
-            self.console.print(f"converting {words}, {show_size(self.total_bytes)}, {tasks}")
+            self.console.print(f"{words}, {show_size(self.total_bytes)}, {tasks}")
 
     def advance(self, receipts: Sequence[Receipt]) -> None:
         """Counts finished tasks; after the last one the files are synced and renamed, which may take a while."""

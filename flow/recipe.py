@@ -108,8 +108,8 @@ class Recipe:
 
     @property
     def statistics(self) -> str | None:
-        """The statistics store that the quantize stage names."""
-        return next((getattr(stage, "statistics", None) for stage in self.stages if stage.verb == "quantize"), None)
+        """The statistics store that a stage names."""
+        return next((found for stage in self.stages if (found := getattr(stage, "statistics", None))), None)
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 from ..formats.shards import index_file, is_single_file
 from ..stages.work import Receipt
 from .adapter import AdapterFile
-from .adapter_report import GAINS, adapter_lines, gain_dict
+from .adapter_report import GAINS, adapter_lines
+from .budget import peak_memory
+from .layer_report import LayerReport
 from .plan import Plan
-from .quality import MEASURES, Column, gains, quality_dict
+from .quality import MEASURES, Column, gains
 from .sizes import count, show_seconds, show_size
 from .tables import Name, short_size
 
@@ -22,40 +23,7 @@ if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
     from rich.table import Table
 
-    from ..stages.extract import AdapterGain
-    from ..stages.quality import Quality
-
 WORST_SHOWN = 5
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """One layer that was quantized."""
-
-    name: str
-    format: str
-    nbytes_in: int
-    nbytes_out: int
-    error: float
-    """Relative Frobenius error ||W' - W|| / ||W||: of every weight where ``quality`` is known, else from one row in 64
-    (more in small layers)."""
-    seconds: float
-    rounding: str = ""
-    quality: Quality | None = None
-    """What a method that looks at a whole matrix brought, beside plain rounding."""
-    gain: AdapterGain | None = None
-    """What its adapter brought."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON values."""
-        return {
-            "name": self.name, "format": self.format, "rounding": self.rounding,
-            "bytes_in": self.nbytes_in, "bytes_out": self.nbytes_out,
-            "error": self.error if math.isfinite(self.error) else None,
-            "error_sampled": self.quality is None, "seconds": self.seconds,
-            **({} if self.quality is None else quality_dict(self.quality)),
-            **({} if self.gain is None else {"adapter": gain_dict(self.gain)}),
-        }  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -83,7 +51,9 @@ class Report:
     index: str = ""
     """Path of the index, where ``output`` names no file because it was split into shards beside each other."""
     adapter: AdapterFile | None = None
-    """The adapter that was written beside the output."""
+    """The adapter that was written beside the output ..."""
+    base: str = ""
+    """... or as the output, for this model, which was quantized already."""
 
     @property
     def ratio(self) -> float:
@@ -102,12 +72,14 @@ class Report:
 
         against = [word for source in self.source for word in ("--against", source)]
         statistics = ["--statistics", self.statistics] if self.statistics else []
-        return shlex.join(["quantloom", "verify", self.index or self.output, *against, *statistics])
+        adapter = ["--adapter", self.adapter.path] if self.adapter else []
+        made = self.base or self.index or self.output
+        return shlex.join(["quantloom", "verify", made, *against, *statistics, *adapter])
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
         return {
-            "source": list(self.source), "output": self.output,
+            "source": list(self.source), "output": self.output, **({"quantized": self.base} if self.base else {}),
             "bytes_in": self.nbytes_in, "bytes_out": self.nbytes_out,
             "ratio": self.ratio, "seconds": self.seconds, "peak_memory_bytes": self.peak_bytes,
             "distributed": self.distributed,
@@ -120,7 +92,7 @@ class Report:
     def _columns(self) -> list[Column]:
         """Errors that the layers have."""
         def sampled(layer: LayerReport) -> str:
-            return "" if layer.quality else f"{layer.error:.5f}"
+            return f"{layer.error:.5f}" if layer.sampled else ""
 
         columns = (Column("error (sampled)", sampled), *MEASURES, *GAINS)
         return [column for column in columns if any(column.of(layer) for layer in self.layers)]
@@ -130,6 +102,11 @@ class Report:
         if self.changed:
             return f"{count(sum(self.changed.values()), 'layer')} changed"
         return f"{count(len(self.layers), 'layer')} quantized"
+
+    @property
+    def _sizes(self) -> tuple[str, str]:
+        """Headings of a layer's sizes."""
+        return ("original", "adapter") if self.base else ("before", "after")
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2)
@@ -144,7 +121,7 @@ class Report:
             table.add_column(heading, overflow="fold", min_width=least)
         for column in self._columns:
             table.add_column(column.heading, justify="right", min_width=9)
-        for heading in ("before", "after", "time"):
+        for heading in (*self._sizes, "time"):
             table.add_column(heading, justify="right", no_wrap=True)
         for layer in self.worst[:most]:
             table.add_row(
@@ -157,9 +134,14 @@ class Report:
         """A few lines: sizes, time, kept layers and why, and how to verify."""
         rate = self.nbytes_in / 1e9 / self.seconds if self.seconds else 0.0
         peak = f"peak memory {'of the client ' if self.distributed else ''}{show_size(self.peak_bytes)}"
-        lines = [
+        did = (
             f"{self.index or self.output}: {show_size(self.nbytes_in)} -> {show_size(self.nbytes_out)} "
-            f"({self.ratio:.1%}), {self._done}",
+            f"({self.ratio:.1%}), {self._done}"
+        )
+        if self.base:
+            did = f"{self.output}: {show_size(self.nbytes_out)} for {count(len(self.layers), 'layer')} of {self.base}"
+        lines = [
+            did,
             f"{show_seconds(self.seconds)}, {rate:.2f} GB/s, {peak}",
         ]
         lines += [f"{count(number, 'layer')}: {what}" for what, number in self.changed.items()]
@@ -167,7 +149,7 @@ class Report:
         lines += gains([layer.quality for layer in self.layers if layer.quality])
         if unchanged := [layer.name for layer in self.layers if layer.quality and layer.quality.kept_start]:
             lines.append(f"no better than the rounding they started from, which is kept: {', '.join(unchanged)}")
-        if any(layer.quality is None for layer in self.layers):
+        if any(layer.sampled for layer in self.layers):
             lines.append("errors are measured on a sample of rows; `quantloom verify` measures every weight")
         if self.adapter is not None:
             lines += adapter_lines(self.adapter, {layer.name: layer.gain for layer in self.layers if layer.gain})
@@ -198,7 +180,8 @@ class Report:
             for layer in self.worst
         )
         errors = "".join(f"<th>{column.heading}</th>" for column in self._columns)
-        head = f"<tr><th>layer</th><th>format</th>{errors}<th>before</th><th>after</th></tr>"
+        sizes = "".join(f"<th>{heading}</th>" for heading in self._sizes)
+        head = f"<tr><th>layer</th><th>format</th>{errors}{sizes}</tr>"
         return f"<pre>{html.escape(self.summary())}</pre><table>{head}{rows}</table>"
 
 
@@ -214,26 +197,21 @@ def make_report(plan: Plan, receipts: Sequence[Receipt], seconds: float, distrib
             layer.layer.name, layer.format, layer.layer.nbytes, layer.nbytes_out, sum(part.seconds for part in parts),
             sum(part.squared_error for part in parts), sum(part.squared_weight for part in parts),
         )  # fmt: skip
-        measured = whole.error or 0.0, whole.seconds, layer.rounding, parts[0].quality, parts[0].gain
-        layers.append(LayerReport(whole.name, whole.format, whole.nbytes_in, whole.nbytes_out, *measured))
+        gain = parts[0].gain
+        error = whole.error or 0.0 if gain is None else gain.before.weight
+        written = layer.adapter.nbytes if layer.adapter is not None and plan.base is not None else whole.nbytes_out
+        measured = error, whole.seconds, layer.rounding, parts[0].quality, gain
+        layers.append(LayerReport(whole.name, whole.format, whole.nbytes_in, written, *measured))
     index = index_file(plan.shards) if is_single_file(plan.output.path) else None
     return Report(
         plan.recipe.source, plan.output.path, tuple(layers), dict(plan.kept.most_common()),
         dict(plan.changed.most_common()),
-        plan.nbytes_in, plan.nbytes_out, seconds, peak_memory(), plan.notes, plan.warnings, distributed,
+        plan.nbytes_in, _written(plan), seconds, peak_memory(), plan.notes, plan.warnings, distributed,
         plan.recipe.statistics or "", str(index[0]) if index else "", plan.adapter,
+        plan.base_path,
     )  # fmt: skip
 
 
-def peak_memory() -> int:
-    """Largest resident memory of this process so far, in bytes."""
-    import sys
-
-    try:
-        import resource
-    except ImportError:  # Windows
-        import psutil
-
-        return int(getattr(psutil.Process().memory_info(), "peak_wset", 0))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+def _written(plan: Plan) -> int:
+    """Bytes of the output; of the adapter where that is all."""
+    return plan.adapter.nbytes if plan.base is not None and plan.adapter is not None else plan.nbytes_out

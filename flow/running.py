@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,19 +15,36 @@ if TYPE_CHECKING:
     from .plan import Plan
     from .recipe import Recipe
 
-Talking = dict[str, Any]
+Options = dict[str, Any]
 """Options of a command, among them ``quiet``, ``verbose`` and ``as_json``."""
 
 
-def run(recipe: Recipe, talking: Talking) -> None:
-    """Runs it with progress, and prints the report."""
-    from .pipeline import Flow
+def run_recipe(make: Callable[[], Recipe], options: Options) -> int:
+    """A command that runs a recipe with progress and prints the report; with ``dry_run`` among its options it shows the
+    plan instead. Returns the exit status."""
 
-    quiet, as_json = talking["quiet"], talking["as_json"]
-    console.run_flow(Flow(recipe), quiet or as_json, as_json)
+    def action() -> int:
+        from .pipeline import Flow
+
+        quiet, as_json = options["quiet"], options["as_json"]
+        console.setup_logging(-1 if quiet else options["verbose"])
+        recipe = make()
+        if options.get("dry_run"):
+            show_plan(recipe, options)
+        else:
+            console.run_flow(Flow(recipe), quiet or as_json, as_json)
+        return 0
+
+    return console.guarded(action, STOPPED)
 
 
-def show(recipe: Recipe, talking: Talking, named: bool = True) -> None:
+def run_stage(verb: str, values: dict[str, Any], source: str, destination: str, options: Options) -> int:
+    """``run_recipe`` for a command that is one stage, with its ``values`` (None: not given); ``options`` are those of
+    ``options.WRITING``, ``DRY_RUN`` and ``TALKING``."""
+    return run_recipe(lambda: one_stage_recipe(verb, values, source, destination, options), options)
+
+
+def show_plan(recipe: Recipe, options: Options, named: bool = True) -> None:
     """Prints the plan. ``named``: the user named the output, so that what forbids it is worth a warning."""
     from .budget import make_budget
     from .plan import make_plan
@@ -35,23 +53,10 @@ def show(recipe: Recipe, talking: Talking, named: bool = True) -> None:
     budget = make_budget(made.layers, recipe.run, "")
     if named:
         made = _with_refusal(made)
-    if talking["as_json"]:
+    if options["as_json"]:
         console.print_json(made.to_dict(budget))
-    elif not talking["quiet"]:
-        console.print_plan(made, budget, talking["verbose"] > 0)
-
-
-def run_stage(verb: str, values: dict[str, Any], source: str, destination: str, options: dict[str, Any]) -> int:
-    """A command that is one stage, with its ``values`` (None: not given); ``options`` are those of ``options.WRITING``,
-    ``TALKING`` and ``DRY_RUN``. Returns the exit status."""
-
-    def action() -> int:
-        console.setup_logging(-1 if options["quiet"] else options["verbose"])
-        recipe = one_stage_recipe(verb, values, source, destination, options)
-        (show if options["dry_run"] else run)(recipe, options)
-        return 0
-
-    return console.guarded(action, STOPPED)
+    elif not options["quiet"]:
+        console.print_plan(made, budget, options["verbose"] > 0)
 
 
 def _with_refusal(made: Plan) -> Plan:

@@ -171,7 +171,8 @@ def _commit(plan: Plan) -> None:
     paths = final_paths(plan)
     for path in paths:
         sync_file(part(path))
-    check_unchanged(plan.source)
+    for source in (plan.source, *([] if plan.base is None else [plan.base])):
+        check_unchanged(source)
     if not plan.output.overwrite and (found := [path for path in paths if os.path.lexists(path)]):
         raise SinkError(f"{found[0]}: appeared while the conversion ran; nothing was written; write somewhere else")
     exchange(paths, stale_files(plan))

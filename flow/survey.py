@@ -143,5 +143,5 @@ def _looked_at(plan: LayerPlan, lora: Lora) -> LayerPlan:
     most = lora.rank if isinstance(lora.rank, int) else MOST_SURVEYED
     extract = extraction(plan, min(most, *plan.layer.weight.shape))
     steps = [step for step in plan.steps[:-1] if not isinstance(step, Project | CorrectBias)]
-    survey = Survey(extract.format, extract.rank, extract.inputs, extract.weighted, extract.rotation)
+    survey = Survey(extract.coded, extract.rank, extract.inputs, extract.weighted)
     return replace(plan, steps=(*steps, survey))

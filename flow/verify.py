@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ..formats.encoding import Encoding
+from ..formats.errors import PlanError
 from ..formats.fileio import Reader
-from ..formats.layers import Layer, group_layers
+from ..formats.layers import Layer, describe, group_layers
 from ..formats.source import open_source
 from ..formats.tensors import TensorRef
+from ..stages.evidence import Evidence
+from ..stages.extract import AdapterGain
+from ..stages.origin import Origin
 from ..stages.quality import Quality
 from ..stages.work import Environment
+from .adapter_report import gain_dict
 from .budget import CPU_CHUNK_BYTES
 from .compare import compare, whole
-from .inspect import describe
-from .origin import Origin
 from .quality import quality_dict
+from .sizes import count
 from .threads import map_layers
+from .verify_adapter import LayerAdapter, measure_adapter, read_adapter
 from .verify_quality import measure, open_evidence
 
 CORRECTED, DECODED, CAST = "corrected", "decoded", "cast"
@@ -39,6 +45,8 @@ class LayerCheck:
     """What a layer that is not quantized went through: ``corrected`` (a bias), ``decoded`` or ``cast``."""
     quality: Quality | None = None
     """Its errors beside plain rounding, when statistics were given."""
+    gain: AdapterGain | None = None
+    """Its errors without and with its adapter, when one was given."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +88,7 @@ class Verification:
             {
                 **asdict(layer), "error": layer.error if math.isfinite(layer.error) else None,
                 "quality": None if layer.quality is None else quality_dict(layer.quality),
+                "gain": None if layer.gain is None else gain_dict(layer.gain),
             }
             for layer in self.layers
         ]  # fmt: skip
@@ -90,25 +99,34 @@ class Verification:
 
 
 def verify(
-    output: str, against: str | list[str], workers: int | None = None, statistics: str | None = None
+    output: str, against: str | list[str], workers: int | None = None, statistics: str | None = None,
+    adapter: str | None = None,
 ) -> Verification:
     """Compares every layer of ``output`` with ``against``; both may be quantized, in any dialect that is read.
 
     With a store of ``statistics`` the output error of every quantized layer is measured too, and its projected error,
-    each beside plain rounding: then whole matrices are held, one per worker. Raises CheckpointError when a file itself
-    is broken (truncated, bad header), PlanError for statistics that do not fit.
+    each beside plain rounding: then whole matrices are held, one per worker. With an ``adapter`` the errors beside it
+    are measured too. Raises CheckpointError when a file itself is broken (truncated, bad header), PlanError for
+    statistics or an adapter that do not fit.
     """
     made, source = open_source(output), open_source(against)
     ours = {layer.name: layer for layer in group_layers(made)}
     theirs = {layer.name: layer for layer in group_layers(source)}
     common = [name for name in theirs if name in ours]
     origin = Origin.of(made)
+    adapters = {} if adapter is None else read_adapter(adapter, made, ours)
+    if origin.needs_adapter and adapter is None:
+        raise PlanError(
+            f"{output}: {count(origin.needs_adapter, 'layer')} of it mean nothing without their adapter (svdquant); "
+            "name it with --adapter"
+        )
+    needed = adapters if origin.needs_adapter else {}
     evidence = None if statistics is None else open_evidence(statistics, list(theirs.values()))
     biases = {f"{name}.bias" for name in ours if ours[name].encoding} if origin.bias_correction else set()
     corrected = biases & ours.keys() & theirs.keys()
     checks = map_layers(
         lambda name, environment: _bias(ours[name], theirs[name]) if name in corrected
-        else _check(ours[name], theirs[name], origin, environment), common, workers,
+        else _check(ours[name], theirs[name], origin, needed.get(name), environment), common, workers,
     )  # fmt: skip
     if evidence is not None:
         sound = [check.name for check in checks if check.format and not check.problem]
@@ -119,6 +137,8 @@ def verify(
         )  # fmt: skip
         measured = dict(zip(sound, found, strict=True))
         checks = [replace(check, **measured.get(check.name, {})) for check in checks]
+    if adapters:
+        checks = _with_adapters(checks, adapters, (ours, theirs), evidence)
     removed = origin.removed([layer for name, layer in theirs.items() if name not in ours])
     return Verification(
         output, ", ".join(against) if isinstance(against, list) else against, tuple(checks),
@@ -127,7 +147,28 @@ def verify(
     )  # fmt: skip
 
 
-def _check(made: Layer, source: Layer, origin: Origin, environment: Environment) -> LayerCheck:
+def _with_adapters(
+    checks: list[LayerCheck], adapters: Mapping[str, LayerAdapter], layers: tuple[dict[str, Layer], dict[str, Layer]],
+    evidence: Evidence | None,
+) -> list[LayerCheck]:  # fmt: skip
+    """The checks of sound layers with what their adapters bring, and whether that is what these tell."""
+    chosen = [check.name for check in checks if check.name in adapters and not check.problem]
+    found = map_layers(
+        lambda name, environment: measure_adapter(
+            layers[0][name], layers[1][name], adapters[name], evidence, environment
+        ), chosen, workers=1 if evidence else None,
+    )  # fmt: skip
+    measured = dict(zip(chosen, found, strict=True))
+    return [
+        replace(check, gain=measured[check.name][0], problem=measured[check.name][1])
+        if check.name in measured else check for check in checks
+    ]  # fmt: skip
+
+
+def _check(
+    made: Layer, source: Layer, origin: Origin, adapter: LayerAdapter | None, environment: Environment
+) -> LayerCheck:
+    """One layer beside its source; with the ``adapter`` that it means nothing without."""
     form = describe(made) if made.encoding else ""
     if made.problem:
         same = made.problem == source.problem and [t.nbytes for t in made.tensors] == [t.nbytes for t in source.tensors]
@@ -142,8 +183,9 @@ def _check(made: Layer, source: Layer, origin: Origin, environment: Environment)
         return LayerCheck(made.name, form, 0.0)
     name = made.encoding.format[0] if made.encoding else ""
     rotation = made.encoding.rotation if made.encoding else None
-    found = compare(made, source, environment)
-    problem = found.problem(name, rotation, origin.feedback(source.name))
+    found = compare(made, source, environment, None if adapter is None else adapter.factors())
+    feedback = adapter is not None or origin.feedback(source.name)
+    problem = found.problem(name, rotation, feedback)
     change = "" if made.encoding else DECODED if source.encoding else CAST
     return LayerCheck(made.name, form, found.error, problem, change)
 

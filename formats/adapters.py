@@ -6,6 +6,7 @@ An adapter adds up @ down to a weight (m, n); up is (m, r) and down (r, n).
 from __future__ import annotations
 
 import json
+import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ PREFIXES = {
 """What keys begin with in each dialect."""
 
 _CHECKPOINT_PREFIX = "model.diffusion_model."
-"""Of a diffusion model within a combined checkpoint."""
+"""Of a diffusion model within a combined checkpoint, however few layers it has."""
 _TEXT_ENCODERS = "text_encoders."
 """ComfyUI takes the layers of text encoders by this prefix, beside those of the diffusion model."""
 _FOLDERS = ("peft", "peft-ranks")
@@ -43,9 +44,8 @@ class AdapterTensors:
     """Tensors whose bytes are known: ``.alpha``, equal to the rank, so that clients scale by 1."""
 
 
-def adapter_tensors(dialect: str, layer: str, shape: tuple[int, int], rank: int, dtype: str) -> AdapterTensors:
-    """Names, dtypes and shapes of the adapter of ``layer`` (name without ``.weight``) with a weight of ``shape``."""
-    base = adapter_layer(dialect, layer)
+def adapter_tensors(dialect: str, base: str, shape: tuple[int, int], rank: int, dtype: str) -> AdapterTensors:
+    """Names, dtypes and shapes of the adapter of a layer with a weight of ``shape``, which is called ``base`` there."""
     names = ("lora_up", "lora_down") if dialect == "comfy" else ("lora_B", "lora_A")
     up = TensorSpec(f"{base}.{names[0]}.weight", dtype, (shape[0], rank))
     down = TensorSpec(f"{base}.{names[1]}.weight", dtype, (rank, shape[1]))
@@ -54,12 +54,16 @@ def adapter_tensors(dialect: str, layer: str, shape: tuple[int, int], rank: int,
     return AdapterTensors(up, down, ((TensorSpec(f"{base}.alpha", "F32", ()), struct.pack("<f", rank)),))
 
 
-def adapter_layer(dialect: str, layer: str) -> str:
-    """What a layer is called in an adapter: the prefix of the dialect stands there once."""
+def adapter_layer(dialect: str, layer: str, model: str = "") -> str:
+    """What a layer (name without ``.weight``) is called in an adapter: the prefix of the dialect stands there once.
+
+    ``model`` is what ComfyUI strips from the names of the whole checkpoint (``comfy.model_prefix``). PEFT finds layers
+    by the names that torch modules have, which nothing is stripped from.
+    """
     prefix = PREFIXES[dialect]
     if layer.startswith(prefix) or (dialect == "comfy" and layer.startswith(_TEXT_ENCODERS)):
         return layer
-    return prefix + (layer if dialect in _FOLDERS else layer.removeprefix(_CHECKPOINT_PREFIX))
+    return prefix + (layer if dialect in _FOLDERS else layer.removeprefix(model).removeprefix(_CHECKPOINT_PREFIX))
 
 
 def stored_rank(dialect: str, rank: int, largest: int) -> int:
@@ -88,7 +92,8 @@ def adapter_config(dialect: str, ranks: Mapping[str, int]) -> bytes | None:
         return None
     largest = max(ranks.values())
     names = {adapter_layer(dialect, layer).removeprefix(PREFIXES[dialect]): rank for layer, rank in ranks.items()}
-    other = {} if dialect == "peft" else {name: rank for name, rank in names.items() if rank != largest}
+    others = {} if dialect == "peft" else {name: rank for name, rank in names.items() if rank != largest}
+    other = {f"^{re.escape(name)}": rank for name, rank in others.items()}  # patterns, which would fit endings of names
     config = {
         "peft_type": "LORA", "task_type": None, "base_model_name_or_path": None, "inference_mode": True,
         "r": largest, "lora_alpha": largest, "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False,

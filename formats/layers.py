@@ -88,6 +88,21 @@ def group_layers(source: Source) -> list[Layer]:
     return layers
 
 
+def describe(layer: Layer) -> str:
+    """``nvfp4``, ``fp8 block 128``, ``int8 row rotated 256`` as in plans, or the dtype of plain numbers."""
+    if layer.encoding is None:
+        return layer.weight.dtype
+    name, scaling, size = layer.encoding.format
+    words = [name]
+    if layer.encoding.scales is None:
+        words.append("without scale")
+    elif scaling != "group":
+        words += [scaling, *([str(size)] if size else [])]
+    if layer.encoding.rotation:
+        words += ["rotated", str(layer.encoding.rotation)]
+    return " ".join(words)
+
+
 def _families(refs: Mapping[str, TensorRef]) -> dict[str, dict[str, TensorRef]]:
     """Base name -> its tensors by suffix, the weight first."""
     families: dict[str, dict[str, TensorRef]] = {}

@@ -68,8 +68,8 @@ def _shard(path: Path, specs: Sequence[TensorSpec], metadata: Mapping[str, str])
 
 
 def index_file(shards: Sequence[Shard]) -> tuple[Path, bytes] | None:
-    """Path and content of the index of several shards; None for one."""
-    if len(shards) == 1:
+    """Path and content of the index of several shards; None for one, or none at all."""
+    if len(shards) < 2:
         return None
     first = Path(shards[0].path)
     stem = re.sub(r"-\d{5}-of-\d{5}\.safetensors$", "", first.name)

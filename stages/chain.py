@@ -14,7 +14,7 @@ from .inputs import Inputs
 from .matrix import Solve
 from .methods import make_method
 from .packing import Pack
-from .reading import Decode, Read
+from .reading import reader
 from .rotation import Rotate
 from .rounding import Round
 from .scaling import Scale
@@ -59,7 +59,7 @@ def quantized(plan: LayerPlan, choice: Choice) -> LayerPlan:
     )  # fmt: skip
     stored = storage(layer.name, (rows, columns), fmt, options)
     arguments = (fmt.name, fmt.scaling, fmt.block_size)
-    steps: list[Step] = [Read(fmt.rows_multiple) if layer.encoding is None else Decode(fmt.rows_multiple)]
+    steps: list[Step] = [reader(layer, fmt.rows_multiple)]
     if choice.bias is not None and choice.inputs is not None:
         steps.append(Project(choice.inputs))
     if choice.rotation:

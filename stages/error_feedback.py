@@ -18,11 +18,13 @@ from ..formats.reduce import sums_
 from .cancelling import check_here
 from .cascade import WIDTH, Choice, cascade_, choosing_cascade_
 from .factor import Factor
+from .fused import kernels_for
 from .products import Operand, precise
 from .scale_search import Scaling
 
 _RUN = 4
-"""Blocks that get what lies outside them in one product: wide ones are what GPUs are fast at."""
+"""Blocks that get what lies outside them in one product: wide ones are what devices are fast at. Fused kernels take a
+run as one block."""
 
 
 @dataclass
@@ -46,20 +48,22 @@ class Panel:
     def blocks(self) -> Iterator[list[tuple[slice, slice]]]:
         """Runs of neighbouring blocks of columns: their ranges, and those of the groups that they lie in.
 
-        A block has about WIDTH columns, whole groups or pieces of one group.
+        A block has about WIDTH columns, whole groups or pieces of one group; with fused kernels, _RUN times as many.
         """
         n = self.weight.shape[0]
         group = n // self.peak.shape[0]
-        width = WIDTH // group * group or WIDTH
+        fused = kernels_for(self.weight, "kernels_cascade") is not None
+        most, run = (_RUN * WIDTH, 1) if fused else (WIDTH, _RUN)
+        width = most // group * group or most
         blocks = []
         for first in range(0, n, max(group, width)):
             end = min(n, first + max(group, width))
             for start in range(first, end, width):
                 stop = min(start + width, end)
                 blocks.append((slice(start, stop), slice(start // group, -(-stop // group))))
-        for first in range(0, len(blocks), _RUN):
+        for first in range(0, len(blocks), run):
             check_here()
-            yield blocks[first : first + _RUN]
+            yield blocks[first : first + run]
 
 
 Cascade = Callable[[torch.Tensor, torch.Tensor, slice, slice], None]

@@ -1,8 +1,8 @@
 """The steps that look at what quantization took from a layer: one makes an adapter of it, one only measures.
 
-The error is taken from what is stored (codes and scales, decoded), in the basis of the original weight and without
-padding, and is held whole: a layer with an adapter is one task, while its rows still stream. Sums run over fixed ranges
-of rows, so that the size of chunks changes no bit.
+The error is taken from what is stored (codes and scales of the chain, or decoded rows of a model that is quantized
+already), in the basis of the original weight and without padding, and is held whole: a layer with an adapter is one
+task, while its rows still stream. Sums run over fixed ranges of rows, so that the size of chunks changes no bit.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from ..formats.tensors import torch_dtype
 from .cancelling import cancellable
 from .counter import seed_of
 from .inputs import Inputs
-from .low_rank import Weighting, low_rank, memory_of_low_rank
+from .low_rank import Weighting, low_rank, memory_of_low_rank, operations_of_low_rank
 from .quality import Errors
-from .reading import chunk_elements
+from .reading import chunk_elements, reader
 from .work import ADAPTER, Chunk, Environment, LayerPlan, Work
 
 MOST_SURVEYED = 128
@@ -75,44 +75,78 @@ class Energies:
         return float(self.plain), None if self.hessian is None else max(0.0, float(self.weighted))
 
 
+@dataclass(frozen=True)
+class Coded:
+    """How the codes that chunks of a chain hold decode."""
+
+    format: tuple[str, str, int | None]
+    """Arguments of ``make_format``."""
+    rotation: int | None = None
+    """Order of the Hadamard rotation that rows went through before they were rounded."""
+
+    def rows(self, chunk: Chunk, part: slice) -> torch.Tensor:
+        """Float32 rows of a chunk, in the basis of the original; padding stays."""
+        assert chunk.codes is not None
+        assert chunk.scales is not None
+        fmt = make_format(*self.format)
+        multiplier = fmt.row_multipliers(chunk.scales.multiplier, part, chunk.codes.shape[0])
+        decoded = fmt.decode(chunk.codes[part], multiplier)
+        return rotate_(decoded, self.rotation) if self.rotation else decoded
+
+
 class Lost:
     """Collects E = W - W' of one layer as its quantized chunks pass."""
 
-    def __init__(self, work: Work, format: tuple[str, str, int | None], inputs: Inputs | None) -> None:
+    def __init__(self, work: Work, coded: Coded | None, inputs: Inputs | None) -> None:
         rows, columns = work.plan.layer.weight.shape
-        self.format, self.device = make_format(*format), torch.device(work.environment.device)
+        self.coded, self.device = coded, torch.device(work.environment.device)
         self.hessian = None
         if inputs is not None:
-            moments = replace(inputs, rotation=None).moments(self.format.columns(columns), self.device)
+            moments = replace(inputs, rotation=None).moments(padded_columns(coded, columns), self.device)
             self.hessian = moments.hessian[(slice(columns),) * moments.hessian.dim()]
-        fresh = work.plan.steps[0].run(Work(work.plan, work.rows, work.environment))
+        fresh = reader(work.plan.layer).run(Work(work.plan, work.rows, work.environment))
         assert fresh.stream is not None
-        self.original = fresh.stream
+        self.name, self.original = work.plan.layer.name, fresh.stream
         self.error = torch.empty(rows, columns, dtype=torch.float32, device=self.device)
         self.weight = Energies(columns, self.hessian, self.device)
 
-    def add(self, chunk: Chunk, rotation: int | None) -> None:
-        """Takes a chunk with codes, whose rows were rotated by groups of ``rotation``; reads their original again."""
-        assert chunk.codes is not None
-        assert chunk.scales is not None
-        count, columns = chunk.x.shape[0], self.error.shape[1]
-        for original in self.original(chunk.start, chunk.start + count):
+    def add(self, chunk: Chunk) -> None:
+        """Takes a chunk with codes, or with decoded rows where nothing says how codes decode; reads their original."""
+        columns = self.error.shape[1]
+        for original in self.original(chunk.start, chunk.start + chunk.x.shape[0]):
             x = original.x.float()
             part = slice(original.start - chunk.start, original.start - chunk.start + len(x))
-            multiplier = self.format.row_multipliers(chunk.scales.multiplier, part, count)
-            decoded = self.format.decode(chunk.codes[part], multiplier)
-            if rotation:
-                decoded = rotate_(decoded, rotation)
+            decoded = chunk.x[part] if self.coded is None else self.coded.rows(chunk, part)
             torch.sub(x, decoded[:, :columns], out=self.error[original.start : original.start + len(x)])
             self.weight.add(x)
+
+    def whole(self) -> torch.Tensor:
+        """E, once every chunk has passed. NonFiniteError for one that holds NaN or Inf."""
+        finite = self.error.isfinite()
+        if not finite.all():
+            where = [int(index) for index in (~finite).nonzero()[0]]
+            raise NonFiniteError(
+                f"{self.name}: weights of the original or of the quantized model are NaN or Inf, the first at {where}; "
+                "repair the checkpoint, or let the adapter's target leave this layer out"
+            )
+        return self.error
 
     def errors(self, error: torch.Tensor) -> Errors:
         """Relative errors of what is left."""
         energies = Energies(error.shape[1], self.hessian, self.device)
         energies.add(error)
-        (plain, weighted), (whole, output) = energies.total(), self.weight.total()
-        share = None if weighted is None or output is None else _root_share(weighted, output)
-        return Errors(_root_share(plain, whole), output=share)
+        return relative_errors(energies.total(), self.weight.total())
+
+
+def padded_columns(coded: Coded | None, columns: int) -> int:
+    """Columns as the chain's other steps have them, with which it shares its statistics."""
+    return columns if coded is None else make_format(*coded.format).columns(columns)
+
+
+def relative_errors(error: tuple[float, float | None], weight: tuple[float, float | None]) -> Errors:
+    """Relative errors from the energies of an error and of the weight."""
+    share = None if error[1] is None or weight[1] is None else _root_share(error[1], weight[1])
+    return Errors(_root_share(error[0], weight[0]), output=share)
 
 
 def _root_share(error: float, of: float) -> float:
@@ -125,15 +159,13 @@ def _root_share(error: float, of: float) -> float:
 class Extract:
     """Makes the adapter of a layer and hands it over with the last chunk."""
 
-    format: tuple[str, str, int | None]
-    """Arguments of ``make_format``."""
+    coded: Coded | None
+    """How codes decode; None: chunks hold decoded weights."""
     rank: int
     inputs: Inputs | None = None
     """Statistics of the layer's inputs: output errors are measured with them ..."""
     weighted: bool = False
     """... and decide which part of the error counts."""
-    rotation: int | None = None
-    """Order of the Hadamard rotation that rows go through before they are rounded."""
     name: str = "adapter"
 
     def run(self, work: Work) -> Work:
@@ -141,9 +173,9 @@ class Extract:
         assert upstream is not None
 
         def stream(start: int, stop: int) -> Iterator[Chunk]:
-            lost = Lost(work, self.format, self.inputs)
+            lost = Lost(work, self.coded, self.inputs)
             for chunk in upstream(start, stop):
-                lost.add(chunk, self.rotation)
+                lost.add(chunk)
                 if chunk.start + chunk.x.shape[0] == stop:
                     with cancellable(work.environment.run_id):
                         chunk.writes += self._writes(work, lost)
@@ -157,13 +189,14 @@ class Extract:
         assert plan is not None
         assert plan.tensors is not None
         up_spec, down_spec = plan.tensors.up, plan.tensors.down
-        before = lost.errors(lost.error)
-        up, down, _ = low_rank(lost.error, self.rank, seed_of(work.plan.layer.name), self._weighting(lost))
+        error = lost.whole()
+        before = lost.errors(error)
+        up, down, _ = low_rank(error, self.rank, seed_of(work.plan.layer.name), self._weighting(lost))
         dtype = torch_dtype(up_spec.dtype)
         up, down = up.to(dtype), down.to(dtype)
         if not (up.isfinite().all() and down.isfinite().all()):
             raise NonFiniteError(f"{work.plan.layer.name}: its adapter does not fit {up_spec.dtype}; use BF16 or F32")
-        after = lost.errors(lost.error.addmm_(up.float(), down.float(), alpha=-1))
+        after = lost.errors(error.addmm_(up.float(), down.float(), alpha=-1))
         work.gain = AdapterGain(self.rank, before, after)
         padding = up_spec.shape[1] - self.rank
         stored = torch.nn.functional.pad(up, (0, padding)), torch.nn.functional.pad(down, (0, 0, 0, padding))
@@ -175,10 +208,16 @@ class Extract:
     def _weighting(self, lost: Lost) -> Weighting | None:
         return Weighting(lost.hessian) if self.weighted and lost.hessian is not None else None
 
+    def operations(self, plan: LayerPlan) -> float:
+        """Floating-point operations, roughly: of the decomposition, and of errors of outputs."""
+        rows, columns = plan.layer.weight.shape
+        moments = 6.0 * rows * columns**2 if self.inputs else 0.0
+        return operations_of_low_rank((rows, columns), self.rank, self.weighted) + moments
+
     def memory(self, plan: LayerPlan, environment: Environment) -> int:
         """The error, the statistics twice while they are read, what the decomposition takes, and decoded rows."""
         rows, columns = plan.layer.weight.shape
-        statistics = 8 * make_format(*self.format).columns(columns) ** 2 if self.inputs else 0
+        statistics = 8 * padded_columns(self.coded, columns) ** 2 if self.inputs else 0
         fixed = 4 * rows * columns + _ROWS * columns * 24 + statistics
         return fixed + memory_of_low_rank((rows, columns), self.rank) + chunk_elements(plan, environment) * 24
 
@@ -190,12 +229,12 @@ class Survey(Extract):
     name: str = "survey"
 
     def run(self, work: Work) -> Work:
-        lost = Lost(work, self.format, self.inputs)
+        lost = Lost(work, self.coded, self.inputs)
         for chunk in work.chunks():
-            lost.add(chunk, self.rotation)
+            lost.add(chunk)
         weighting = self._weighting(lost)
         with cancellable(work.environment.run_id):
-            values = low_rank(lost.error, self.rank, seed_of(work.plan.layer.name), weighting)[2][: self.rank]
+            values = low_rank(lost.whole(), self.rank, seed_of(work.plan.layer.name), weighting)[2][: self.rank]
         before = lost.errors(lost.error)
         energies = Energies(lost.error.shape[1], lost.hessian, lost.device)
         energies.add(lost.error)

@@ -1,6 +1,7 @@
 # mypy: ignore-errors
 # ruff: noqa: RUF005, B007 (Triton compiles no more than this of Python)
-"""Triton kernels of the cascades: each thread walks down the columns of a block for one row, all in registers.
+"""Triton kernels of the cascades: each thread walks down the columns of a strip for one row, all in registers; from
+strip to strip moves travel by products on tensor cores.
 
 Results are those of ``cascade`` but for the last bits of sums.
 """
@@ -23,8 +24,12 @@ if TYPE_CHECKING:
 
 _STRIP = 16
 """Columns that are held in registers, and spelled out by the compiler."""
-_ROWS = 32
-"""Rows per program: one for each thread of a single warp, so that nothing is ever exchanged between threads."""
+_ROWS = 16
+"""Rows per program: few, since there are fewer rows than a GPU has lanes."""
+_DEPTH = 128
+"""Moves that a product takes at a time."""
+_WARPS = 2
+"""Warps per program: both walk the same rows, and share the products."""
 
 
 @triton.jit
@@ -57,13 +62,22 @@ def _pull(columns, coupling, move, ldc, left, after: tl.constexpr, S: tl.constex
 
 
 @triton.jit
-def _targets(target, coupling, made, start, done, ld, ldc, rows, r, B: tl.constexpr, S: tl.constexpr):
-    """Targets of a strip, less what the ``done`` first moves ask of them: each thread reads its own again."""
-    columns = _load(target, start, ld, rows, r, B, S)
-    for column in tl.range(0, done, num_stages=1):
-        move = tl.load(made + column * ld + rows, mask=rows < r, other=0.0)
-        columns = _pull(columns, coupling + start * ldc + column, move, ldc, B - start, -1, S)
-    return columns
+def _advance(target, coupling, made, start, first, done, ld, ldc, rows, r,
+             B: tl.constexpr, W: tl.constexpr, R: tl.constexpr, D: tl.constexpr):  # fmt: skip
+    """Takes from the targets of W columns what moves ``first`` to ``done`` ask of them."""
+    columns = start + tl.arange(0, W)
+    asked = tl.zeros((W, R), tl.float32)
+    tl.debug_barrier()  # moves were stored by other threads
+    for column in tl.range(first, done, D, num_stages=1):
+        moved = column + tl.arange(0, D)
+        pulls = tl.load(coupling + columns[:, None] * ldc + moved[None, :],
+                        mask=(columns < B)[:, None] & (moved < done)[None, :], other=0.0)  # fmt: skip
+        moves = tl.load(made + moved[:, None] * ld + rows[None, :],
+                        mask=(moved < done)[:, None] & (rows < r)[None, :], other=0.0)  # fmt: skip
+        asked = tl.dot(pulls, moves, asked, input_precision="tf32x3")
+    place, inside = target + columns[:, None] * ld + rows[None, :], (columns < B)[:, None] & (rows < r)[None, :]
+    tl.store(place, tl.load(place, mask=inside, other=0.0) - asked, mask=inside)
+    tl.debug_barrier()  # targets are loaded by other threads
 
 
 @triton.jit
@@ -79,33 +93,37 @@ def _multipliers(peak, whole, NVFP4: tl.constexpr):
 
 
 @triton.jit
-def _store_peak(target, coupling, made, peak, start, ld, ldc, rows, r,
-                B: tl.constexpr, G: tl.constexpr, S: tl.constexpr):  # fmt: skip
-    """The largest target of a group that is about to begin."""
+def _largest(target, start, ld, rows, r, B: tl.constexpr, G: tl.constexpr, S: tl.constexpr):
+    """The largest target of a group."""
     largest = tl.zeros_like(rows).to(tl.float32)
     for first in range(start, start + G, S):
-        columns = _targets(target, coupling, made, first, start, ld, ldc, rows, r, B, S)
+        columns = _load(target, first, ld, rows, r, B, S)
         for i in tl.static_range(S):
             largest = tl.maximum(largest, tl.abs(columns[i]))
-    tl.store(peak, largest, mask=rows < r)
+    return largest
 
 
 @triton.jit
 def _walk(target, origin, coupling, made, inverse, multiplier, peaks, r, ld, ldc, lds, PEAKS: tl.constexpr,
-          B: tl.constexpr, G: tl.constexpr, S: tl.constexpr, R: tl.constexpr,
+          B: tl.constexpr, G: tl.constexpr, S: tl.constexpr, R: tl.constexpr, D: tl.constexpr,
           LARGEST: tl.constexpr, UNIFORM: tl.constexpr, SMALLEST: tl.constexpr, SHIFT: tl.constexpr):  # fmt: skip
     rows = tl.program_id(0) * R + tl.arange(0, R)
     for start in range(0, B, S):
         group = (start // G) * lds + rows
         if PEAKS:
             if start % G == 0:
-                _store_peak(target, coupling, made, peaks + group, start, ld, ldc, rows, r, B, G, S)
+                _advance(target, coupling, made, start, 0, start, ld, ldc, rows, r, B, G, R, D)
+                tl.store(peaks + group, _largest(target, start, ld, rows, r, B, G, S), mask=rows < r)
+                tl.debug_barrier()
+            else:
+                _advance(target, coupling, made, start, start // G * G, start, ld, ldc, rows, r, B, S, R, D)
             scale = _multipliers(tl.load(peaks + group, mask=rows < r, other=0.0), 1.0, False)
             finer = tl.where(scale > 0, tl.div_rn(1.0, scale), 0.0)
         else:
+            _advance(target, coupling, made, start, 0, start, ld, ldc, rows, r, B, S, R, D)
             scale = tl.load(multiplier + group, mask=rows < r, other=0.0)
             finer = tl.load(inverse + group, mask=rows < r, other=0.0)
-        columns = _targets(target, coupling, made, start, start, ld, ldc, rows, r, B, S)
+        columns = _load(target, start, ld, rows, r, B, S)
         before = _load(origin, start, ld, rows, r, B, S)
         values, moves = (), ()
         for j in tl.static_range(S):
@@ -119,12 +137,13 @@ def _walk(target, origin, coupling, made, inverse, multiplier, peaks, r, ld, ldc
 
 @triton.jit
 def _choose(target, origin, coupling, made, peaks, ratios, cost, whole, r, ld, ldc, ldp,
-            K: tl.constexpr, B: tl.constexpr, S: tl.constexpr, R: tl.constexpr,
+            K: tl.constexpr, B: tl.constexpr, S: tl.constexpr, R: tl.constexpr, D: tl.constexpr,
             LARGEST: tl.constexpr, UNIFORM: tl.constexpr, SMALLEST: tl.constexpr, SHIFT: tl.constexpr):  # fmt: skip
     rows = tl.program_id(0) * R + tl.arange(0, R)
     shared = tl.load(whole + rows, mask=rows < r, other=1.0)
     for start in range(0, B, S):
-        columns = _targets(target, coupling, made, start, start, ld, ldc, rows, r, B, S)
+        _advance(target, coupling, made, start, 0, start, ld, ldc, rows, r, B, S, R, D)
+        columns = _load(target, start, ld, rows, r, B, S)
         before = _load(origin, start, ld, rows, r, B, S)
         largest = tl.zeros((R,), tl.float32)
         for i in tl.static_range(S):
@@ -172,8 +191,8 @@ def cascade_(target: torch.Tensor, moves: torch.Tensor, origin: torch.Tensor, co
     (width, rows), (inverse, multiplier) = target.shape, steps
     _walk[(triton.cdiv(rows, _ROWS),)](
         target, origin, coupling, moves, inverse, multiplier, inverse, rows, rows, coupling.stride(0),
-        inverse.stride(0), PEAKS=False, B=width, G=width // inverse.shape[0], S=_STRIP, R=_ROWS, **grid_of(element),
-        num_warps=1,
+        inverse.stride(0), PEAKS=False, B=width, G=width // inverse.shape[0], S=_STRIP, R=_ROWS, D=_DEPTH,
+        **grid_of(element), num_warps=_WARPS,
     )  # fmt: skip
 
 
@@ -182,15 +201,15 @@ def choosing_cascade_(target: torch.Tensor, moves: torch.Tensor, origin: torch.T
     """``cascade.choosing_cascade_`` in one kernel."""
     (width, rows), grid = target.shape, (triton.cdiv(target.shape[1], _ROWS),)
     strides = rows, rows, coupling.stride(0), peak.stride(0)
+    shape = {"B": width, "R": _ROWS, "D": _DEPTH, **grid_of(scaling.format.element), "num_warps": _WARPS}
     if scaling.format.name == "mxfp8":  # powers of two: one candidate, the largest target's own
-        _walk[grid](target, origin, coupling, moves, peak, peak, peak, *strides, PEAKS=True, B=width,
-                    G=scaling.grouped, S=_STRIP, R=_ROWS, **grid_of(scaling.format.element), num_warps=1)  # fmt: skip
+        _walk[grid](target, origin, coupling, moves, peak, peak, peak, *strides, PEAKS=True, G=scaling.grouped,
+                    S=_STRIP, **shape)  # fmt: skip
         return
     assert scaling.whole is not None
     whole = scaling.whole.expand(rows).contiguous()
     _choose[grid](target, origin, coupling, moves, peak, choice.ratios, choice.cost, whole, *strides,
-                  K=len(choice.ratios), B=width, S=scaling.grouped, R=_ROWS, **grid_of(scaling.format.element),
-                  num_warps=1)  # fmt: skip
+                  K=len(choice.ratios), S=scaling.grouped, **shape)  # fmt: skip
 
 
 def walks(width: int, group: int) -> bool:

@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
-from ..formats.adapters import ADAPTER_DIALECTS, adapter_tensors, stored_rank
+from ..formats.adapters import ADAPTER_DIALECTS, adapter_layer, adapter_tensors, stored_rank
+from ..formats.comfy import model_prefix
 from ..formats.errors import PlanError, UsageError, did_you_mean, listed, shown
 from .adapter_targeting import METHODS, AdapterTarget, matches, why_not
 from .bias import CorrectBias
-from .extract import Extract
+from .extract import Coded, Extract
 from .rotation import Rotate
 from .rules import nearest_names
 from .scaling import Scale
@@ -101,9 +102,15 @@ class Lora:
     def plan(self, layers: Sequence[LayerPlan], context: Context) -> list[LayerPlan]:
         """Marks the layers that get an adapter (``equip`` gives them their steps, once every rank is known).
 
-        Raises UsageError for a target that matches nothing, a rank above a matching layer's edges and ``weighted``
-        without statistics, PlanError when no layer is chosen, and for biases that are corrected too.
+        Raises UsageError for a target that matches nothing, a rank above a matching layer's edges, ``weighted``
+        without statistics and ``svdquant`` without quantizing, PlanError when no layer is chosen, and for biases that
+        are corrected too.
         """
+        if self.method == "svdquant" and context.base is not None:
+            raise UsageError(
+                "lora: method svdquant takes the low-rank part out before it quantizes, which this model is already; "
+                "use svd or weighted, or quantize the original anew with `quantloom convert --lora-method svdquant`"
+            )
         if self.target is not None and not any(matches(self.target, plan.layer.name) for plan in layers):
             near = nearest_names(self.target, [plan.layer.name for plan in layers if plan.format])
             raise UsageError(f"lora: target {shown(self.target)} matches no layer{near}")
@@ -162,27 +169,37 @@ class Lora:
     def equip(self, layers: Sequence[LayerPlan]) -> list[LayerPlan]:
         """The layers whose adapters have a rank with the steps that make them, and with what is stored."""
         largest = max((plan.adapter.rank for plan in layers if plan.adapter is not None), default=0)
-        return [plan if plan.adapter is None else self._equipped(plan, plan.adapter, largest) for plan in layers]
+        prefix = model_prefix(plan.layer.weight.name for plan in layers)
+        return [
+            plan if plan.adapter is None else self._equipped(plan, plan.adapter, largest, prefix) for plan in layers
+        ]
 
-    def _equipped(self, plan: LayerPlan, adapter: AdapterPlan, largest: int) -> LayerPlan:
+    def _equipped(self, plan: LayerPlan, adapter: AdapterPlan, largest: int, prefix: str) -> LayerPlan:
         if adapter.rank == 0:
             return replace(plan, adapter=None)
         rows, columns = plan.layer.weight.shape
         stored = stored_rank(self.dialect, adapter.rank, largest)
-        tensors = adapter_tensors(self.dialect, plan.layer.name, (rows, columns), stored, self.dtype)
+        base = adapter_layer(self.dialect, plan.layer.name, prefix)
+        tensors = adapter_tensors(self.dialect, base, (rows, columns), stored, self.dtype)
         steps = list(plan.steps)
         extract = extraction(plan, adapter.rank)
         steps.insert(len(steps) - 1, extract)
-        if adapter.method == "svdquant":
+        if adapter.method == "svdquant" and extract.coded is not None:
             place = next(index for index, step in enumerate(steps) if isinstance(step, Scale))
-            steps.insert(place, TakeOut(extract.format, adapter.rank, plan.inputs))
+            steps.insert(place, TakeOut(extract.coded.format, adapter.rank, plan.inputs))
         return replace(plan, steps=tuple(steps), adapter=replace(adapter, tensors=tensors))
 
 
 def extraction(plan: LayerPlan, rank: int) -> Extract:
     """The step that makes the adapter of a marked layer."""
     assert plan.adapter is not None
-    scale = next(step for step in plan.steps if isinstance(step, Scale))
-    rotation = next((step.group for step in plan.steps if isinstance(step, Rotate)), None)
     weighted = plan.inputs is not None and plan.adapter.method != "svd"
-    return Extract(scale.format, rank, plan.inputs, weighted, rotation)
+    return Extract(_coded(plan), rank, plan.inputs, weighted)
+
+
+def _coded(plan: LayerPlan) -> Coded | None:
+    """How the codes of its chain decode; None for a layer that is quantized already."""
+    scale = next((step for step in plan.steps if isinstance(step, Scale)), None)
+    if scale is None:
+        return None
+    return Coded(scale.format, next((step.group for step in plan.steps if isinstance(step, Rotate)), None))

@@ -74,8 +74,7 @@ def low_rank(
 def _range(error: torch.Tensor, rank: int, seed: int, weighting: Weighting | None) -> torch.Tensor:
     """Float32 (m, k): an orthonormal basis of about the range that the leading singular vectors span."""
     rows, columns = error.shape
-    smaller = min(rows, columns)
-    k = smaller if smaller <= _EXACT else min(smaller, rank + _OVERSAMPLING)
+    k, smaller = _width((rows, columns), rank), min(rows, columns)
     if k == rows:
         return torch.eye(rows, device=error.device)
     right = signs((columns, k), seed, error.device)
@@ -90,14 +89,28 @@ def _range(error: torch.Tensor, rank: int, seed: int, weighting: Weighting | Non
     return left
 
 
+def _width(shape: tuple[int, int], rank: int) -> int:
+    """Columns of the basis."""
+    smaller = min(shape)
+    return smaller if smaller <= _EXACT else min(smaller, rank + _OVERSAMPLING)
+
+
 def _scaled(x: torch.Tensor) -> torch.Tensor:
     """``x`` with a largest magnitude of 1: squares of tiny errors do not vanish."""
     return x / x.abs().amax().clamp(min=torch.finfo(x.dtype).tiny)
 
 
+def operations_of_low_rank(shape: tuple[int, int], rank: int, weighted: bool) -> float:
+    """Floating-point operations, roughly: products with the error, and with H, and orthonormal bases."""
+    rows, columns = shape
+    k = _width(shape, rank)
+    steps = 0 if k == min(shape) else _POWER_STEPS
+    products = 2.0 * rows * columns * k * (2 * steps + 2) + 4.0 * rows * k * k * (steps + 2)
+    return products + (2.0 * columns**2 * k * (steps + 1) if weighted else 0.0)
+
+
 def memory_of_low_rank(shape: tuple[int, int], rank: int) -> int:
     """Bytes beside the error: bases and their products in float32 and float64, and the decomposition of their Gram
     matrix."""
-    smaller = min(shape)
-    k = smaller if smaller <= _EXACT else min(smaller, rank + _OVERSAMPLING)
+    k = _width(shape, rank)
     return 32 * k * sum(shape) + 40 * k * k

@@ -11,6 +11,7 @@ import torch
 
 from ..formats.encoding import Encoding
 from ..formats.fileio import Reader
+from ..formats.layers import Layer
 from ..formats.scratch import scratch
 from ..formats.tensors import TensorRef, torch_dtype
 from .cancelling import check_cancelled
@@ -154,6 +155,11 @@ class Decode:
     def memory(self, plan: LayerPlan, environment: Environment) -> int:
         """Codes, integer indices into the code table, and float32 rows twice."""
         return chunk_elements(plan, environment) * 18
+
+
+def reader(layer: Layer, multiple: int = 1) -> Read | Decode:
+    """The step that reads rows of a layer, plain or quantized."""
+    return Read(multiple) if layer.encoding is None else Decode(multiple)
 
 
 def decode_rows(

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 _STAGES: dict[str, str] = {
     "target": "target:Target",
     "quantize": "quantize:Quantize",
+    "quantized_as": "quantized_as:QuantizedAs",
     "lora": "lora:Lora",
     "dequantize": "dequantize:Dequantize",
     "migrate": "migrate:Migrate",
@@ -52,6 +53,8 @@ class Context:
     metadata: dict[str, str] | None = None
     """All of the output's ``__metadata__``, set by a stage that only edits: configuration files are then copied as they
     are, too. None: the original entries, the dialect's description of the layers, and what made the file."""
+    base: Source | None = None
+    """The quantized model that a stage named: nothing is written but what belongs to it."""
 
 
 class Stage(Protocol):

@@ -396,7 +396,7 @@ def test_the_longest_progress_fits_80_columns(checkpoint: Path, tmp_path: Path) 
     display.start(flow.plan, replace(make_budget(flow.plan.layers, flow.recipe.run, ""), limit=128 * 10**9))
     display.total_bytes, display.total_layers, display.layers = 912 * 10**9, 1234, 1111
     display.began -= 3000
-    display.advance([Receipt("x", "fp8", 300 * 10**9, 1, 1.0)])
+    display.advance([Receipt(flow.plan.quantized[0].layer.name, "fp8", 300 * 10**9, 1, 1.0)])
     display.stop()
     assert isinstance(terminal.file, io.StringIO)
     shown = terminal.file.getvalue()

@@ -16,6 +16,7 @@ from quantloom import Pipeline
 from quantloom.flow import compat
 from quantloom.flow.compat_flags import SECTIONS, all_flags
 from quantloom.flow.compat_recipe import Translation, automatic_output, base_name, translate, without_weight
+from quantloom.flow.verify import verify
 from quantloom.formats.errors import UsageError
 from quantloom.stages.presets import load_presets
 
@@ -264,7 +265,8 @@ def test_nothing_is_said_where_nothing_differs() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ("--extract-lora", ["--extract-lora", "instead"]),
+        ("--extract-lora --lora-rank 0", ["rank 0"]),
+        ("--extract-lora --lora-target (", ["adapter target"]),
         ("--make-hybrid-mxfp8", ["--make-hybrid-mxfp8", "--mxfp8"]),
         ("--actcal --actcal-samples 8", ["--actcal"]),
         ("--edit-quant --remove-keys a", ["--edit-quant"]),
@@ -311,7 +313,8 @@ REFERENCE = """
 --lr_patience=1 --lr_factor=1 --lr_min=1e-8 --lr_cooldown=0 --lr_threshold=0 --lr-threshold-mode=rel
 --lr_adaptive_mode=simple-reset --lr-shape-influence=1 --early-stop-loss=1 --early-stop-lr=1 --early-stop-stall=1
 --scale-optimization=fixed --scale-refinement=1 --extract-lora --lora-rank=1 --lora-target= --lora-depth=1
---lora-ar-threshold=0 --lora-output= --convert-fp8-scaled --hp-filter= --full-precision-mm --convert-int8-scaled
+--lora-ar-threshold=0 --lora-output= --lora-save-path= --convert-fp8-scaled --hp-filter= --full-precision-mm
+--convert-int8-scaled
 --legacy_input_add --cleanup-fp8-scaled --scaled-fp8-marker=0 --make-hybrid-mxfp8 --tensor-scales= --edit-quant
 --remove-keys= --add-keys= --quant-filter= --actcal --actcal-samples=1 --actcal-percentile=99.9 --actcal-lora=
 --actcal-seed=1 --actcal-device= --dry-run=analyze
@@ -485,10 +488,50 @@ def test_automatic_output_is_written(source: Path, tmp_path: Path, capsys: pytes
     assert (printed.out, printed.err) == ("", "")
 
 
+LORA = {"rank": 32, "target": None, "depth": 1, "ar_threshold": 0.0, "method": "auto", "output": None}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options"),
+    [
+        ("", {}),
+        ("--lora_rank 16 --lora_target attn", {"rank": 16, "target": "attn"}),
+        ("--lora-depth 3 --lora-ar-threshold 2.5", {"depth": 3, "ar_threshold": 2.5}),
+        ("--lora-output x.safetensors", {"output": "x.safetensors"}),
+        ("--lora-save-path y.safetensors --lora-target=", {"output": "y.safetensors"}),
+    ],
+)
+def test_flags_of_an_adapter(arguments: str, options: dict[str, Any]) -> None:
+    found = stage("lora", "--extract-lora", *arguments.split())
+    assert {name: found[name] for name in LORA} == {**LORA, **options}
+
+
+@pytest.mark.parametrize("kind", ["", "--simple", "--int8 --scaling_mode row --convrot", "--nvfp4", "--mxfp8 --simple"])
+def test_model_and_adapter_are_written(kind: str, source: Path, tmp_path: Path) -> None:
+    """convert_to_quant itself writes no adapter beside FP8 and INT8."""
+    output = tmp_path / "out.safetensors"
+    adapter_flags = ("--extract-lora", "--lora-target", "attn", "--lora-rank", "16")
+    assert run("-i", source, "-o", output, *kind.split(), *adapter_flags) == 0
+    adapter = load_file(tmp_path / "out_lora.safetensors")
+    keys = {f"diffusion_model.blocks.{block}.attn.qkv" for block in (0, 1)}
+    parts = ("lora_up.weight", "lora_down.weight", "alpha")
+    assert set(adapter) == {f"{key}.{part}" for key in keys for part in parts}
+    assert all(adapter[f"{key}.lora_up.weight"].shape[1] == 16 for key in keys)
+    assert all(x.dtype == torch.float32 and x.is_contiguous() for x in adapter.values())
+    assert verify(str(output), str(source), adapter=str(tmp_path / "out_lora.safetensors")).ok
+
+
+def test_the_automatic_name_of_an_adapter(source: Path, tmp_path: Path) -> None:
+    flags = ("--nvfp4", "--simple", "--extract-lora", "--lora-target")
+    assert run("-i", source, *flags, "attn", "--verbose", "MINIMAL") == 0
+    assert (tmp_path / "tiny_simple_nvfp4_lora.safetensors").is_file()
+    assert run("-i", source, *flags, "atn", "--overwrite") == 2, "a pattern that finds nothing"
+
+
 def test_exit_status(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run() == 2
     assert run("-i", source, "--scaling_mode", "rows") == 2
-    assert run("-i", source, "--extract-lora") == 2
+    assert run("-i", source, "--edit-quant") == 2
     assert run("-i", source, "--exclude-layers", "atn_qkv") == 2, "a pattern that finds nothing"
     assert run("-i", tmp_path / "missing.safetensors") == 1
     assert run("-i", source, "-o", source, "--overwrite") == 1

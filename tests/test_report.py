@@ -17,7 +17,9 @@ from rich.table import Table
 
 from quantloom import Pipeline
 from quantloom.flow import parts
-from quantloom.flow.report import LayerReport, Report, peak_memory
+from quantloom.flow.budget import peak_memory
+from quantloom.flow.layer_report import LayerReport
+from quantloom.flow.report import Report
 from quantloom.flow.tables import short_size, shortened
 from quantloom.flow.verify import verify
 
@@ -60,7 +62,7 @@ def test_the_value(report: Report, source: Path) -> None:
 def test_json(report: Report) -> None:
     value = json.loads(report.to_json())
     assert value == report.to_dict()
-    words = "source output bytes_in bytes_out ratio seconds peak_memory_bytes layers kept notes warnings verify"
+    words = "source output bytes_in bytes_out ratio seconds peak_memory_bytes layers changed kept notes warnings verify"
     assert set(value) == {*words.split(), "distributed"}
     assert all(layer["error_sampled"] is True and layer["rounding"] == "mse" for layer in value["layers"])
     assert value["distributed"] is False

@@ -1,4 +1,4 @@
-"""How an output says how it was made: its header entries, and reading them again."""
+"""How a quantized checkpoint says how it was made: the recipe in its header."""
 
 from __future__ import annotations
 
@@ -8,54 +8,38 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .. import __version__
-from ..formats.comfy import HEADER_KEY, header_entry
 from ..formats.errors import UsageError
 from ..formats.layers import Layer
 from ..formats.source import Source
 from ..formats.tensors import FLOAT_DTYPES, TensorSpec
-from ..stages.methods import BY_ROWS
-from ..stages.presets import find_preset
-from ..stages.work import LayerPlan
-from .recipe import Recipe
+from .methods import BY_ROWS
+from .presets import find_preset
 
 ENTRY = "quantloom"
 """Header entry with version, recipe and plan digest."""
 
 
-def header_entries(recipe: Recipe, source: Source, layers: Sequence[LayerPlan], digest: str) -> dict[str, str]:
-    """``__metadata__`` of the output: the original entries, the dialect's where layers are quantized, and what made
-    the file. What only changes the stored form of a quantized source is noted behind what made that."""
-    metadata = {key: value for key, value in source.metadata.items() if key not in (HEADER_KEY, ENTRY)}
-    entries = {layer.layer.name: layer.entry for layer in layers if layer.entry is not None}
-    if entries:
-        names = [spec.name for layer in layers for spec in layer.outputs]
-        metadata[HEADER_KEY] = header_entry(entries, names)
-    stages = recipe.identity()
-    if all(stage.verb != "quantize" for stage in recipe.stages):
-        stages = [*map(dict, Origin.of(source).stages.values()), *stages]
-    made: dict[str, Any] = {"version": __version__, "recipe": {"stages": stages}, "plan": digest}
-    if needing := sum(layer.adapter is not None and layer.adapter.method == "svdquant" for layer in layers):
-        made["needs_adapter"] = needing  # so many layers are wrong without it
-    metadata[ENTRY] = json.dumps(made)
-    return metadata
-
-
 @dataclass(frozen=True)
 class Origin:
-    """What verification must know of a recipe."""
+    """What its header tells of a checkpoint."""
 
     stages: Mapping[str, Mapping[str, Any]]
     """Options by verb; empty when the header does not tell."""
+    digest: str
+    """What adapters call the checkpoint that they belong to: the digest of the plan that made it; for one of another
+    program that of its headers."""
+    needs_adapter: int = 0
+    """So many layers are wrong without their adapter."""
 
     @classmethod
     def of(cls, made: Source) -> Origin:
         """Never raises: an output of another program has no recipe, and a broken one is none."""
         try:
-            stages = json.loads(made.metadata[ENTRY])["recipe"]["stages"]
-            return cls({stage["stage"]: dict(stage) for stage in stages})
-        except (KeyError, ValueError, TypeError):
-            return cls({})
+            entry = json.loads(made.metadata[ENTRY])
+            stages = {stage["stage"]: dict(stage) for stage in entry["recipe"]["stages"]}
+            return cls(stages, str(entry["plan"]), int(entry.get("needs_adapter", 0)))
+        except (KeyError, ValueError, TypeError, RecursionError):
+            return cls({}, made.layout)
 
     @property
     def bias_correction(self) -> bool:
