@@ -21,6 +21,7 @@ from .edit_cli import edit
 from .entry import run_command
 from .extract_cli import extract_lora
 from .hybrid_cli import hybrid
+from .migrate_cli import migrate
 from .options import ADAPTING, DIALECT, JSON, RECIPE, TALKING, TARGETING, WRITING, add_options, build_recipe
 from .running import run_recipe, show_plan
 
@@ -83,7 +84,7 @@ def _unused_name() -> str:
     return name
 
 
-for command in (extract_lora, calibrate, calibrate_activations, dequantize, edit, hybrid):
+for command in (extract_lora, calibrate, calibrate_activations, dequantize, edit, hybrid, migrate):
     cli.add_command(command)
 
 

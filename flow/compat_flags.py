@@ -126,22 +126,23 @@ _ADVANCED = (
     ("--scale-optimization", ("fixed", "iterative", "joint", "dualround")),
 )  # fmt: skip
 
-_ANEW = "quantloom convert reads such files and decodes their layers before it quantizes them anew"
-
 _MODES = (
     Flag("--dry-run", "analyze (default): print the plan and write nothing. create-template: write a layer "
          "configuration to fill in, INPUT_layer_config_template.json.", DRY_RUNS),
-    Flag("--convert-fp8-scaled", "Not available.", instead=_ANEW),
-    Flag("--hp-filter", "With --convert-fp8-scaled.", str, needs="convert_fp8_scaled"),
-    Flag("--full-precision-mm", "With --convert-fp8-scaled.", needs="convert_fp8_scaled"),
-    Flag("--convert-int8-scaled", "Not available.", instead="convert the original checkpoint with --int8"),
+    Flag("--convert-fp8-scaled", "Turn a legacy scaled_fp8 checkpoint into ComfyUI's form of today."),
+    Flag("--hp-filter", "Regular expression: refuse when a layer that matches is quantized.", str,
+         needs="convert_fp8_scaled"),
+    Flag("--full-precision-mm", "Ask for multiplication in full precision, with --convert-fp8-scaled.",
+         needs="convert_fp8_scaled"),
+    Flag("--convert-int8-scaled", "Turn legacy INT8 layers into ComfyUI's form of today."),
     Flag("--make-hybrid-mxfp8", "Add a .weight_scalar to the layers of an MXFP8 model: as in "
          "convert_to_quant it decodes wrongly, and the report says by how much."),
     Flag("--tensor-scales", "With --make-hybrid-mxfp8: FP8 model whose scales become the scalars.", str,
          needs="make_hybrid_mxfp8"),
-    Flag("--legacy-input-add", "Not available.", instead=f"{_ANEW}; --input-scale stores activation scales"),
-    Flag("--cleanup-fp8-scaled", "Not available.", instead=_ANEW),
-    Flag("--scaled-fp8-marker", "With --cleanup-fp8-scaled.", ("0", "2"), needs="cleanup_fp8_scaled"),
+    Flag("--legacy-input-add", "Give FP8 layers without activation scale one of 1.0."),
+    Flag("--cleanup-fp8-scaled", "Remove scales and markers that belong to no quantized weight."),
+    Flag("--scaled-fp8-marker", "Numbers in the legacy marker, with --cleanup-fp8-scaled; 2 asks for multiplication in "
+         "full precision. Default: as before.", ("0", "2"), needs="cleanup_fp8_scaled"),
     Flag("--actcal", "Store activation scales in a model that is quantized already, from --statistics, --input-scales "
          "or --actcal-lora; random inputs give none."),
     Flag("--actcal-percentile", "With --actcal: percentile of inputs that meets the largest code. Default: the largest "

@@ -27,6 +27,31 @@ class Mode:
     """What to tell people who use it."""
 
 
+def _fp8_scaled(options: Options) -> dict[str, Any]:
+    return {
+        "to": "comfy", "clean": True, "high_precision": options.get("hp_filter"),
+        "full_precision_matmul": True if "full_precision_mm" in options else None, "input_scale": _input_scale(options),
+    }  # fmt: skip
+
+
+def _int8_scaled(_options: Options) -> dict[str, Any]:
+    return {"to": "comfy", "clean": True}
+
+
+def _legacy_input_add(_options: Options) -> dict[str, Any]:
+    return {"to": "same", "input_scale": 1.0}
+
+
+def _cleanup(options: Options) -> dict[str, Any]:
+    marker = options.get("scaled_fp8_marker")
+    asked = None if marker is None else marker == "2"
+    return {"to": "same", "clean": True, "full_precision_matmul": asked, "input_scale": _input_scale(options)}
+
+
+def _input_scale(options: Options) -> float | None:
+    return 1.0 if "input_scale" in options else None
+
+
 def _hybrid(options: Options) -> dict[str, Any]:
     return {"mode": "legacy", "tensor_scales": options.get("tensor_scales")}
 
@@ -45,6 +70,12 @@ def _actcal(options: Options) -> dict[str, Any]:
 
 
 MODES: dict[str, Mode] = {
+    "convert_fp8_scaled": Mode(
+        "migrate", "fp8mixed", _fp8_scaled, ("hp_filter", "full_precision_mm", "input_scale")
+    ),
+    "convert_int8_scaled": Mode("migrate", "int8_comfy", _int8_scaled),
+    "legacy_input_add": Mode("migrate", "with_input_scale", _legacy_input_add),
+    "cleanup_fp8_scaled": Mode("migrate", "cleaned", _cleanup, ("scaled_fp8_marker", "input_scale")),
     "actcal": Mode(
         "input_scales", "calibrated", _actcal, ("actcal_percentile", "actcal_lora", "statistics", "input_scales")
     ),

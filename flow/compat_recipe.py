@@ -58,6 +58,13 @@ def translate(options: Options) -> Translation:
     return Translation(recipe, tuple(notes))
 
 
+def _without_stages(options: Options) -> Recipe:
+    """Input, output, and how to run."""
+    output = options.get("output") or automatic_output(options)
+    run = Run(parse_size(options.get("memory"), "--memory"), options.get("workers"), options.get("device", "cpu"))
+    return Recipe((options["input"],), (), Output(output, overwrite="overwrite" in options), run)
+
+
 def _adapter(options: Options) -> list[tuple[str, dict[str, Any]]]:
     """The lora stage, where an adapter is asked for; an empty pattern or path is none, as in the original."""
     if "extract_lora" not in options:
@@ -65,13 +72,6 @@ def _adapter(options: Options) -> list[tuple[str, dict[str, Any]]]:
     names = ("rank", "target", "depth", "ar_threshold", "output")
     given = {name: options[f"lora_{name}"] for name in names if options.get(f"lora_{name}") not in (None, "")}
     return [("lora", given)]
-
-
-def _without_stages(options: Options) -> Recipe:
-    """Input, output, and how to run."""
-    output = options.get("output") or automatic_output(options)
-    run = Run(parse_size(options.get("memory"), "--memory"), options.get("workers"), options.get("device", "cpu"))
-    return Recipe((options["input"],), (), Output(output, overwrite="overwrite" in options), run)
 
 
 def automatic_output(options: Options) -> str:

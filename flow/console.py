@@ -207,12 +207,22 @@ def print_verification(result: Verification, most: int) -> None:
     beside = {layer.name: layer.gain for layer in result.worst if layer.gain}
     for line in [*gains([layer.quality for layer in result.worst if layer.quality]), *gain_lines(beside)]:
         console.print(line, soft_wrap=True)
-    corrected = sum(layer.corrected for layer in result.layers)
-    kept = len(result.layers) - len(result.worst) - corrected
     verdict = "sound" if result.ok else f"BROKEN ({count(len(result.problems), 'problem')})"
-    layers = f"{count(len(result.worst), 'quantized layer')}, {count(kept, 'tensor')} kept as they were"
-    layers += f", {count(corrected, 'corrected bias vector')}" if corrected else ""
+    layers = ", ".join(_tallies(result))
     console.print(f"{_escape(result.output)}: {verdict}; {layers}", soft_wrap=True)
+
+
+def _tallies(result: Verification) -> list[str]:
+    """How many layers are quantized, decoded, kept ..."""
+    changed = {change: result.changed(change) for change in ("decoded", "cast", "corrected")}
+    kept = len(result.layers) - len(result.worst) - sum(map(len, changed.values()))
+    said = [count(len(result.worst), "quantized layer")] if result.worst or not changed["decoded"] else []
+    for change, what in (("decoded", "layer"), ("cast", "tensor")):
+        if found := changed[change]:
+            error = max(layer.error for layer in found)
+            said.append(f"{count(len(found), what)} {change} (relative error at most {error:.2g})")
+    said.append(f"{count(kept, 'tensor')} kept as they were")
+    return said + ([count(len(changed["corrected"]), "corrected bias vector")] if changed["corrected"] else [])
 
 
 def print_roundings(roundings: Iterable[Rounding]) -> None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from ..formats.format import ceil_to
 from ..stages.matrix import Solve
+from ..stages.reading import Decode
 from ..stages.work import LayerPlan
 
 PART_BYTES = 512 << 20
@@ -17,11 +18,12 @@ ROWS_MULTIPLE = 128
 
 
 def split_large(plan: LayerPlan) -> LayerPlan:
-    """The layer with row ranges of at most PART_BYTES, when it is quantized by rows and larger; one with an
-    adapter stays whole."""
+    """The layer with row ranges of at most PART_BYTES, when it is quantized or decoded by rows and larger; one
+    with an adapter stays whole."""
     nbytes = plan.layer.nbytes
     whole = plan.adapter is not None or any(isinstance(step, Solve) for step in plan.steps)
-    if not plan.format or nbytes <= PART_BYTES or whole:
+    by_rows = plan.format or isinstance(plan.steps[0], Decode)
+    if not by_rows or nbytes <= PART_BYTES or whole:
         return plan
     multiple = math.lcm(ROWS_MULTIPLE, getattr(plan.steps[0], "multiple", 1))
     count = -(-nbytes // PART_BYTES)

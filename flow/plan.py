@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any
 
 from .. import __version__
-from ..formats.errors import CheckpointError, PlanError, UsageError, listed
+from ..formats.errors import CheckpointError, PlanError, UsageError
 from ..formats.layers import Layer, group_layers
 from ..formats.shards import Shard
 from ..formats.source import Source, open_source
@@ -118,7 +118,8 @@ class Plan:
         """What would happen, as text."""
         files, tensors = count(len(self.source.files), "file"), count(len(self.layers), "tensor")
         found = f"{files}, {tensors}, {show_size(self.nbytes_in)}"
-        made = f"{count(len(self.shards), 'file')}, {show_size(self.nbytes_out)}, dialect {self.output.dialect}"
+        made = f"{count(len(self.shards), 'file')}, {show_size(self.nbytes_out)}"
+        made += f", dialect {self.output.dialect}" if self.quantized else ""
         lines = [f"source   {', '.join(self.recipe.source)}  ({found})"]
         if self.base is None:
             lines.append(f"output   {self.output.path}  ({made})")
@@ -202,7 +203,7 @@ def plan_layers(recipe: Recipe) -> tuple[Source, list[LayerPlan], Context]:
     layers = [keep(layer, layer.problem or "") for layer in found]  # a stage that touches a layer gives its own reason
     for stage in stages:
         layers = stage.plan(layers, context)
-    unreadable = [layer for layer in found if layer.problem]
+    unreadable = [plan.layer for plan in layers if plan.layer.problem and plan.outputs]
     if unreadable and context.base is None:
         first = f"{unreadable[0].name}: {unreadable[0].problem}"
         context.warnings.insert(
@@ -226,8 +227,8 @@ def _complete(recipe: Recipe) -> tuple[Stage, ...]:
     """The stages, with targeting by its defaults where the recipe does not say how; UsageError for too few or many."""
     verbs = {stage.verb for stage in recipe.stages}
     if alone := next((stage.verb for stage in recipe.stages if getattr(stage, "alone", False)), None):
-        if others := sorted(verbs - {alone}):
-            raise UsageError(f"{alone} stands alone: leave {listed(others)} out, or run it on the result of the other")
+        if others := ", ".join(sorted(verbs - {alone})):
+            raise UsageError(f"{alone} stands alone: leave {others} out, or run it on the result of the other")
     elif "quantized_as" in verbs:
         if other := verbs & {"quantize", "target"}:
             drop = " and ".join(sorted(other))

@@ -28,6 +28,8 @@ from .verify_adapter import LayerAdapter, measure_adapter, read_adapter
 from .verify_quality import measure, open_evidence
 from .verify_scalar import scalar_error, scalar_problem
 
+CORRECTED, DECODED, CAST = "corrected", "decoded", "cast"
+
 
 @dataclass(frozen=True)
 class LayerCheck:
@@ -40,8 +42,8 @@ class LayerCheck:
     """Relative Frobenius error over all weights; 0 for one that is equal."""
     problem: str = ""
     """What is broken; empty when it is sound."""
-    corrected: bool = False
-    """Whether it is a bias that was rewritten."""
+    change: str = ""
+    """What a layer that is not quantized went through: ``corrected`` (a bias), ``decoded`` or ``cast``."""
     quality: Quality | None = None
     """Its errors beside plain rounding, when statistics were given."""
     gain: AdapterGain | None = None
@@ -78,6 +80,10 @@ class Verification:
     def worst(self) -> list[LayerCheck]:
         """Quantized layers by falling error."""
         return sorted((layer for layer in self.layers if layer.format), key=lambda layer: -layer.error)
+
+    def changed(self, change: str) -> list[LayerCheck]:
+        """Layers that are not quantized and went through this."""
+        return [layer for layer in self.layers if layer.change == change]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values; an error that is no number is written as null."""
@@ -137,7 +143,7 @@ def verify(
         checks = [replace(check, **measured.get(check.name, {})) for check in checks]
     if adapters:
         checks = _with_adapters(checks, adapters, (ours, theirs), evidence)
-    removed = origin.removed([name for name in theirs if name not in ours])
+    removed = origin.removed([layer for name, layer in theirs.items() if name not in ours])
     return Verification(
         output, ", ".join(against) if isinstance(against, list) else against, tuple(checks),
         tuple(name for name in theirs if name not in ours and name not in removed),
@@ -190,7 +196,7 @@ def _compared(
     if made.weight.shape != source.weight.shape:
         shapes = f"shape {list(made.weight.shape)}, the source has {list(source.weight.shape)}"
         return LayerCheck(made.name, form, math.inf, shapes)
-    if made.encoding is None and source.encoding is None:
+    if made.encoding is None and source.encoding is None and not origin.casts(made.weight, source.weight):
         equal = made.weight.dtype == source.weight.dtype and _equal_bytes(made.tensors[0], source.tensors[0])
         return LayerCheck(made.name, "", 0.0 if equal else math.inf, "" if equal else "kept, but its bytes differ")
     if made.encoding is not None and source.encoding is not None and _same_storage(made.encoding, source.encoding):
@@ -199,7 +205,9 @@ def _compared(
     rotation = made.encoding.rotation if made.encoding else None
     found = compare(made, source, environment, None if adapter is None else adapter.factors())
     feedback = adapter is not None or origin.feedback(source.name)
-    return LayerCheck(made.name, form, found.error, found.problem(name, rotation, feedback))
+    problem = found.problem(name, rotation, feedback)
+    change = "" if made.encoding else DECODED if source.encoding else CAST
+    return LayerCheck(made.name, form, found.error, problem, change)
 
 
 def _bias(made: Layer, source: Layer) -> LayerCheck:
@@ -207,7 +215,7 @@ def _bias(made: Layer, source: Layer) -> LayerCheck:
     if made.weight.shape != source.weight.shape or made.weight.dtype != source.weight.dtype:
         return LayerCheck(made.name, "", math.inf, "a corrected bias of another shape or dtype than its source")
     finite = bool(whole(made).isfinite().all()) or not whole(source).isfinite().all()
-    return LayerCheck(made.name, "", 0.0, "" if finite else "a corrected bias that is not finite", corrected=True)
+    return LayerCheck(made.name, "", 0.0, "" if finite else "a corrected bias that is not finite", CORRECTED)
 
 
 def _same_storage(made: Encoding, source: Encoding) -> bool:

@@ -52,6 +52,15 @@ class Layer:
         """Stored bytes."""
         return sum(tensor.nbytes for tensor in self.tensors)
 
+    @property
+    def orphan(self) -> bool:
+        """Whether it is a scale or marker whose weight the checkpoint lacks."""
+        return self.problem is not None and self.name == self.weight.name
+
+    def part(self, tensor: TensorSpec) -> str:
+        """What one of its tensors is: ``.weight``, ``.weight_scale`` ..."""
+        return tensor.name.removeprefix(self.name)
+
 
 def group_layers(source: Source) -> list[Layer]:
     """Every tensor of the source, in order, as part of exactly one layer; legacy markers of whole models are left out.

@@ -18,6 +18,7 @@ from .stored import (
     Stored,
     Undecodable,
     as_count,
+    as_grid,
     as_pair,
     expect_dtype,
     expect_shape,
@@ -113,7 +114,7 @@ def _unpadded(stored: Stored, padded: Shape, group: int, original: object) -> Sh
 
 def _legacy(stored: Stored) -> Encoding | None:
     scale = stored.parts.get(".scale_weight")
-    return None if scale is None else scaled("legacy", stored, scale)
+    return None if scale is None else scaled("legacy", stored, *as_grid(stored.shape, scale))
 
 
 def _fp8_blocks(stored: Stored) -> Encoding | None:
@@ -168,6 +169,8 @@ def _scaled_codes(stored: Stored) -> Encoding | None:
             raise Undecodable(f"{columns} columns are no whole groups of 32")
         layout = Layout(zero_exponent=_MX_ZERO)
         return Encoding(dialect, ("mxfp8", "group", 32), stored.shape, stored.codes, scale, layout=layout)
+    if dialect == "scaled" and stored.declared.block is None:
+        return scaled(dialect, stored, *as_grid(stored.shape, scale))
     return scaled(dialect, stored, scale, stored.declared.block)
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .encoding import Encoding
@@ -127,6 +128,19 @@ def scaled(dialect: str, stored: Stored, scale: TensorRef, block: Shape | None =
     if scaling[0] not in FORMATS[name].scalings:
         raise Undecodable(f"{stored.codes.dtype} weight with {scaling[0]} scales")
     return Encoding(dialect, (name, *scaling), stored.shape, stored.codes, scale)
+
+
+def as_grid(shape: Shape, scale: TensorRef) -> tuple[TensorRef, Shape | None]:
+    """Block scales that are stored flat, row by row, as the grid that they are, and their blocks: there is one edge
+    that gives so many square blocks. Any other scale as it is: of a row each, or, if of a column each, unreadable."""
+    rows, columns = shape
+    count = scale.numel
+    if len(scale.shape) != 1 or count in (0, 1, *shape):
+        return scale, None
+    edge = math.isqrt(rows * columns // count)
+    if edge < 2 or rows % edge or columns % edge or (rows // edge) * (columns // edge) != count:
+        return scale, None
+    return replace(scale, shape=(rows // edge, columns // edge)), (edge, edge)
 
 
 def fits(shape: Shape, grid: tuple[int, ...], block: Shape) -> bool:

@@ -27,6 +27,9 @@ _TORCH_NAMES: dict[str, str] = {
 FLOAT_DTYPES = frozenset({"F16", "BF16", "F32", "F64"})
 """Dtypes whose stored numbers are the weights themselves (every narrower float needs a scale to mean anything)."""
 
+PLAIN_DTYPES = {"bf16": "BF16", "f16": "F16", "f32": "F32"}
+"""Dtypes that plain weights are written in: names as options give them -> as safetensors does."""
+
 
 def torch_dtype(name: str) -> torch.dtype:
     """The torch dtype of a safetensors dtype name; sub-byte dtypes have none and raise KeyError."""

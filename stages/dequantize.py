@@ -7,29 +7,36 @@ from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 from ..formats.errors import PlanError, UsageError, did_you_mean, listed, shown
-from ..formats.tensors import TensorSpec
-from .keeping import decoded
+from ..formats.tensors import PLAIN_DTYPES, TensorSpec
+from .casting import Cast, Finite
+from .forms import plain_form
+from .reading import Decode
 from .stage import Context
-from .work import LayerPlan
+from .work import LayerPlan, Step
+from .writing import Write
 
-DTYPES = {"bf16": "BF16", "f16": "F16", "f32": "F32"}
-"""Names of dtypes as options give them -> as safetensors does."""
+_NONFINITE = ("refuse", "keep")
 _NAMED = 8
 
 
 @dataclass(frozen=True)
 class Dequantize:
-    """Decodes every quantized layer; other tensors are copied."""
+    """Decodes every quantized layer; other tensors are copied, without scales that stand beside them."""
 
     verb: ClassVar[str] = "dequantize"
     alone: ClassVar[bool] = True
 
     dtype: str = "bf16"
-    """Of the decoded weights: bf16, f16 or f32."""
+    """Of the decoded weights: bf16, f16 or f32. A weight that it cannot hold is refused."""
+    nonfinite: str = "refuse"
+    """A weight that decodes to NaN or Inf: refuse, or keep (write it as it is)."""
 
     def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise UsageError(f"dequantize: unknown dtype {shown(self.dtype)}{did_you_mean(self.dtype, DTYPES)}")
+        if self.dtype not in PLAIN_DTYPES:
+            raise UsageError(f"dequantize: unknown dtype {shown(self.dtype)}{did_you_mean(self.dtype, PLAIN_DTYPES)}")
+        if self.nonfinite not in _NONFINITE:
+            hint = did_you_mean(self.nonfinite, _NONFINITE)
+            raise UsageError(f"dequantize: unknown nonfinite {shown(self.nonfinite)}{hint}")
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -40,7 +47,9 @@ class Dequantize:
 
     def plan(self, layers: Sequence[LayerPlan], context: Context) -> list[LayerPlan]:
         """Raises PlanError for layers that cannot be decoded, and for a checkpoint without quantized layers."""
-        broken = [f"{plan.layer.name}: {plan.layer.problem}" for plan in layers if plan.layer.problem]
+        lone = [plan.layer.name for plan in layers if plan.layer.orphan]
+        whole = [plan for plan in layers if not plan.layer.orphan]
+        broken = [f"{plan.layer.name}: {plan.layer.problem}" for plan in whole if plan.layer.problem]
         if broken:
             raise PlanError(
                 f"{context.source.place}: {len(broken)} layers cannot be decoded: {listed(broken, _NAMED, '; ')}. "
@@ -48,10 +57,20 @@ class Dequantize:
             )
         if not any(plan.layer.encoding for plan in layers):
             raise PlanError(f"{context.source.place}: no layer is quantized: there is nothing to decode")
-        return [plan if plan.layer.encoding is None else self._decoded(plan) for plan in layers]
+        if lone:
+            context.notes.append(f"{len(lone)} scales or markers without a weight are left out: {listed(lone, _NAMED)}")
+        return [self._decoded(plan) if plan.layer.encoding else _bare(plan) for plan in whole]
 
     def _decoded(self, plan: LayerPlan) -> LayerPlan:
         encoding, weight = plan.layer.encoding, plan.layer.weight
         assert encoding is not None
-        change = f"decoded from {encoding.dialect} {encoding.format[0]} to {DTYPES[self.dtype]}"
-        return decoded(plan.layer, TensorSpec(weight.name, DTYPES[self.dtype], weight.shape), change=change)
+        spec = TensorSpec(weight.name, PLAIN_DTYPES[self.dtype], weight.shape)
+        steps: list[Step] = [Decode()] if self.nonfinite == "keep" else [Decode(), Finite()]
+        steps += [Cast(spec.name, spec.dtype), Write()]
+        change = f"decoded from {encoding.dialect} {encoding.format[0]} to {spec.dtype}"
+        return LayerPlan(plan.layer, tuple(steps), (spec,), change=change)
+
+
+def _bare(plan: LayerPlan) -> LayerPlan:
+    """A layer that is not quantized, without scales beside it."""
+    return plan if len(plan.layer.tensors) == 1 else plain_form(plan.layer, None).plan(plan.layer, "")

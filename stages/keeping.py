@@ -12,9 +12,10 @@ from ..formats.encoding import Encoding
 from ..formats.layers import Layer
 from ..formats.markers import flat
 from ..formats.tensors import TensorRef, TensorSpec
+from .casting import Cast
 from .reading import Copy, Decode, read_whole
 from .work import LayerPlan
-from .writing import Cast, Write
+from .writing import Write
 
 _LEGACY_NAMES = {".scale_weight": ".weight_scale", ".scale_input": ".input_scale"}
 
@@ -32,12 +33,8 @@ def keep(layer: Layer, reason: str) -> LayerPlan:
     if layer.marker is not None and _describes(layer.marker, encoding) and _legacy_input_scale(layer) is not None:
         return renamed(layer, reason)
     why = f"{reason}; decoded from {encoding.dialect} {encoding.format[0]} to {layer.weight.dtype}"
-    return decoded(layer, layer.weight, reason=why)
-
-
-def decoded(layer: Layer, spec: TensorSpec, **words: str) -> LayerPlan:
-    """The plan of a quantized layer that is stored as plain weights; ``words``: its ``reason`` or ``change``."""
-    return LayerPlan(layer, (Decode(), Cast(spec.name, spec.dtype), Write()), (spec,), **words)
+    steps = (Decode(), Cast(layer.weight.name, layer.weight.dtype), Write())
+    return LayerPlan(layer, steps, (layer.weight,), reason=why)
 
 
 def _describes(marker: Mapping[str, Any], encoding: Encoding) -> bool:

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..formats.errors import UsageError
+from ..formats.layers import Layer
 from ..formats.source import Source
+from ..formats.tensors import FLOAT_DTYPES, TensorSpec
 from .methods import BY_ROWS
 from .presets import find_preset
 
@@ -68,10 +70,18 @@ class Origin:
         named = settings or [self.stages.get("quantize", {}).get("rounding", BY_ROWS[0])]
         return not set(map(str, named)) <= set(BY_ROWS)
 
-    def removed(self, missing: Sequence[str]) -> set[str]:
-        """Of the missing layers, those that the preset drops on purpose."""
+    def casts(self, made: TensorSpec, source: TensorSpec) -> bool:
+        """Whether a tensor of floats was given another dtype on purpose."""
+        asked = self.stages.get("migrate", {}).get("cast") is not None
+        return asked and made.dtype != source.dtype and {made.dtype, source.dtype} <= FLOAT_DTYPES
+
+    def removed(self, missing: Sequence[Layer]) -> set[str]:
+        """Of the missing layers, those that are left out on purpose: by the preset, or leftovers without a weight."""
+        names = [layer.name for layer in missing]
+        cleaned = "dequantize" in self.stages or self.stages.get("migrate", {}).get("clean") is True
+        lone = {layer.name for layer in missing if layer.orphan and cleaned}
         try:
-            name = self.stages["target"]["preset"]
-            return set() if name in ("auto", "none") else set(find_preset(name).removed(list(missing)))
+            preset = self.stages["target"]["preset"]
+            return lone | (set() if preset in ("auto", "none") else set(find_preset(preset).removed(names)))
         except (KeyError, TypeError, UsageError):
-            return set()
+            return lone

@@ -22,6 +22,7 @@ _STAGES: dict[str, str] = {
     "input_scales": "input_scales:InputScales",
     "edit": "edit:Edit",
     "hybrid": "hybrid:Hybrid",
+    "migrate": "migrate:Migrate",
 }
 """verb -> ``module:class``, in the order in which they plan."""
 

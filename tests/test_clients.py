@@ -185,6 +185,28 @@ def test_products_with_quantized_activations_are_right_too(name: str, converted:
     assert error(F.linear(inputs, quantized), F.linear(x, weight)) < 0.055
 
 
+@pytest.mark.parametrize("name", ["fp8", "int8 row", "int8 tensor"])
+def test_legacy_layers_load_once_they_are_migrated(
+    name: str, converted: Callable[..., Converted], tmp_path: Path
+) -> None:
+    """The same layers as ``scaled_fp8`` files and old INT8 files name them, rows in one dimension."""
+    made = converted(**FORMATS[name].options)
+    old = {"scaled_fp8": torch.zeros(0).to(torch.float8_e4m3fn)}
+    for key, tensor in load_file(made.path).items():
+        if key.endswith(".weight_scale"):
+            old[key.replace(".weight_scale", ".scale_weight")] = tensor.reshape(-1)
+        elif not key.endswith(".comfy_quant"):
+            old[key] = tensor
+    save_file(old, tmp_path / "old.safetensors")
+    Pipeline(scheduler="sync").read(tmp_path / "old.safetensors").migrate().write(tmp_path / "new.safetensors")
+    before, after = Loader(made.path), Loader(tmp_path / "new.safetensors")
+    for shape_name, shape in SHAPES.items():
+        layer = f"blocks.{shape_name}.lin"
+        pair = [loader.weight(layer, shape).dequantize() for loader in (before, after)]
+        assert torch.equal(*pair)
+        assert errors(before, layer, pair[0])[1] == errors(after, layer, pair[0])[1]
+
+
 # Header, markers, bytes.
 
 ALL = {name: form.options for name, form in FORMATS.items()} | {

@@ -267,10 +267,6 @@ def test_nothing_is_said_where_nothing_differs() -> None:
     [
         ("--extract-lora --lora-rank 0", ["rank 0"]),
         ("--extract-lora --lora-target (", ["adapter target"]),
-        ("--convert_fp8_scaled", ["--convert-fp8-scaled", "quantloom convert"]),
-        ("--convert-int8-scaled", ["--convert-int8-scaled", "--int8"]),
-        ("--legacy_input_add", ["--legacy-input-add"]),
-        ("--cleanup-fp8-scaled --scaled-fp8-marker 2", ["--cleanup-fp8-scaled"]),
         ("--actcal --actcal-samples 8", ["--actcal", "--statistics", "--input-scales", "--actcal-lora"]),
         ("--edit-quant", ["--add-keys", "--remove-keys", "--save-quant-metadata"]),
         ("--edit-quant --add-keys a", ["--add-keys 'a'", "expected 'key': value"]),
