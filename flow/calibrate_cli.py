@@ -53,7 +53,7 @@ _OPTIONS = [
 ]  # fmt: skip
 
 
-@click.command(epilog=_EPILOG, short_help="Measure what a model's layers are given, for --statistics.")
+@click.command(epilog=_EPILOG, short_help="Measure what a model's layers are given.")
 @click.argument("model_dir", required=False)
 @add_options(_OPTIONS, TALKING)
 def calibrate(model_dir: str | None, quiet: bool, verbose: int, as_json: bool, **options: Any) -> int:

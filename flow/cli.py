@@ -38,7 +38,26 @@ Examples:
 """
 
 
-@click.group(context_settings=_CONTEXT, epilog=_EPILOG)
+_SECTIONS = {
+    "Quantize": ("convert", "plan", "verify", "inspect"),
+    "Measure and correct": ("calibrate", "calibrate-activations", "extract-lora"),
+    "Change what is quantized": ("dequantize", "edit", "hybrid", "migrate"),
+    "Look up": ("formats", "roundings"),
+}
+"""Every command, under the heading that ``--help`` shows it."""
+
+
+class _Sections(click.Group):
+    """Shows commands under headings."""
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        for heading, names in _SECTIONS.items():
+            with formatter.section(heading):
+                shown = {name: command for name in names if (command := self.get_command(ctx, name))}
+                formatter.write_dl([(name.ljust(21), command.get_short_help_str(60)) for name, command in shown.items()])
+
+
+@click.group(cls=_Sections, context_settings=_CONTEXT, epilog=_EPILOG)
 @click.version_option(__version__, prog_name="quantloom")
 def cli() -> None:
     """Turn model checkpoints into quantized ones, in bounded memory, whatever their size."""
@@ -137,7 +156,7 @@ def verify(
     return console.guarded(action)
 
 
-@cli.command(short_help="List the roundings, when to use which, and their options.")
+@cli.command(short_help="List the roundings, and when to use which.")
 @JSON
 def roundings(as_json: bool) -> int:
     """List the roundings: when to use which, and their options (-O NAME=VALUE)."""
@@ -155,7 +174,7 @@ def roundings(as_json: bool) -> int:
     return console.guarded(action)
 
 
-@cli.command()
+@cli.command(short_help="List the formats, and what runs them.")
 @JSON
 def formats(as_json: bool) -> int:
     """List the formats: scalings, bits, hardware, clients."""

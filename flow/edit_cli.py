@@ -23,7 +23,7 @@ _WRITING = ("shard_size", "memory", "workers", "device", "scheduler", "overwrite
 _STOPPED = "stopped: the checkpoint is as it was; what had been written was removed"
 
 
-@click.command(epilog=_EPILOG, short_help="Change what a quantized checkpoint says of its layers.")
+@click.command(epilog=_EPILOG, short_help="Change what a quantized model says of its layers.")
 @click.argument("model")
 @click.argument("output", required=False)
 @click.option("--add", multiple=True, metavar="KEY=VALUE",

@@ -16,7 +16,7 @@ Examples:
 """
 
 
-@click.command(epilog=_EPILOG, short_help="Give an MXFP8 model scales for GPUs that know no groups.")
+@click.command(epilog=_EPILOG, short_help="Give an MXFP8 model scales for other GPUs too.")
 @click.argument("model")
 @click.argument("output")
 @click.option("--tensor-scales", metavar="FP8_MODEL",

@@ -34,7 +34,7 @@ _MIGRATING: Options = [
 ]  # fmt: skip
 
 
-@click.command(epilog=_EPILOG, short_help="Turn legacy quantized checkpoints into today's form, and back.")
+@click.command(epilog=_EPILOG, short_help="Turn legacy models into today's form, and back.")
 @click.argument("model")
 @click.argument("output")
 @add_options(_MIGRATING, WRITING, [DRY_RUN], TALKING)

@@ -32,7 +32,7 @@ from quantloom.formats.comfy import MARKER
 from quantloom.stages.work import Receipt
 
 Cli = Callable[..., Ran]
-COMMANDS = ("convert", "plan", "inspect", "verify", "formats")
+COMMANDS = tuple(group.commands)
 
 
 def flags(options: dict[str, Any]) -> list[str]:
@@ -49,7 +49,8 @@ def test_help_of_the_program(cli: Cli) -> None:
         assert done.status == 0
         assert done.err == ""
         assert all(re.search(rf"^  {name}  ", done.out, re.MULTILINE) for name in COMMANDS)
-        assert "..." not in done.out.partition("Commands:")[2].partition("Examples:")[0]  # none is cut short
+        shown = done.out.partition("\nQuantize:\n")[2].partition("Examples:")[0]
+        assert len(re.findall(r"^  [a-z-]+  +\S.*[^.]\.$", shown, re.MULTILINE)) == len(COMMANDS)  # none is cut short
     assert cli("--version").out == f"quantloom, version {quantloom.__version__}\n"
 
 
