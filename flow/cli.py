@@ -53,8 +53,8 @@ class _Sections(click.Group):
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         for heading, names in _SECTIONS.items():
             with formatter.section(heading):
-                shown = {name: command for name in names if (command := self.get_command(ctx, name))}
-                formatter.write_dl([(name.ljust(21), command.get_short_help_str(60)) for name, command in shown.items()])
+                shown = [(name, command) for name in names if (command := self.get_command(ctx, name))]
+                formatter.write_dl([(name.ljust(21), command.get_short_help_str(60)) for name, command in shown])
 
 
 @click.group(cls=_Sections, context_settings=_CONTEXT, epilog=_EPILOG)
