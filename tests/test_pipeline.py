@@ -72,8 +72,8 @@ def test_dir_lists_the_verbs() -> None:
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda p: p.quantise("fp8"), "no verb 'quantise'; did you mean 'quantize'?"),
-        (lambda p: p.xyz(), "no verb 'xyz'; known: read, target, quantize, lora, write"),
+        (lambda p: p.quantise("fp8"), "no verb 'quantise'; did you mean 'quantize' or 'quantized_as'?"),
+        (lambda p: p.xyz(), "no verb 'xyz'; known: read, target, quantize, quantized_as, lora, write"),
     ],
 )
 def test_unknown_verbs_are_attribute_errors(call: Any, words: str) -> None:
@@ -264,7 +264,7 @@ def test_sizes_in_a_recipe_may_be_words() -> None:
         ({"sources": []}, "recipe has no entry 'sources'; did you mean 'source'?"),
         ({"source": "m"}, "source must be a list of paths"),
         ({"stages": [{"format": "fp8"}]}, "a 'stage' each"),
-        ({"stages": [{"stage": "quantise", "format": "fp8"}]}, "unknown stage 'quantise'; did you mean 'quantize'?"),
+        ({"stages": [{"stage": "quantise", "format": "fp8"}]}, "unknown stage 'quantise'; did you mean 'quantize' or 'quantized_as'?"),
         ({"stages": [{"stage": "quantize"}]}, "quantize needs format"),
         ({"stages": [{"stage": "quantize", "format": ["fp8"]}]}, "format must be a string"),
         ({"stages": [{"stage": "quantize", "format": "fp8", "roundin": "mse"}]}, "did you mean 'rounding'"),
