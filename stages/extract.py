@@ -27,7 +27,8 @@ from .work import ADAPTER, Chunk, Environment, LayerPlan, Work
 MOST_SURVEYED = 128
 """Singular values that a survey looks at: no adapter of automatic rank is larger."""
 
-_ROWS = 256
+_BLOCK = {"cpu": (256, 512), "cuda": (1024, 2048)}
+"""Rows and columns that are summed at a time."""
 
 
 @dataclass(frozen=True)
@@ -44,30 +45,41 @@ class AdapterGain:
 
 
 class Energies:
-    """Squared norms of the rows that are added: ||X||^2, and with second moments H tr(X H X^T), in float64."""
+    """Squared norms of the rows that are added: ||X||^2, and with second moments H tr(X H X^T), in float64.
+
+    H is symmetric: blocks of columns meet those before them and count twice, which saves almost half of the work.
+    """
 
     def __init__(self, columns: int, hessian: torch.Tensor | None, device: torch.device) -> None:
         self.hessian, self.held = hessian, 0
-        self.block = torch.empty(_ROWS, columns, dtype=torch.float32, device=device)
+        rows, self.width = _BLOCK[device.type]
+        self.block = torch.empty(rows, columns, dtype=torch.float32, device=device)
         self.plain = torch.zeros((), dtype=torch.float64, device=device)
         self.weighted = torch.zeros_like(self.plain)
 
     def add(self, x: torch.Tensor) -> None:
         """Takes float32 (r, n)."""
+        rows = len(self.block)
         while len(x):
-            part = x[: _ROWS - self.held]
+            part = x[: rows - self.held]
             self.block[self.held : self.held + len(part)] = part
             self.held, x = self.held + len(part), x[len(part) :]
-            if self.held == _ROWS:
+            if self.held == rows:
                 self._sum()
 
     def _sum(self) -> None:
-        x = self.block[: self.held]
+        x, h = self.block[: self.held], self.hessian
         double, self.held = x.double(), 0
         self.plain += double.square().sum()
-        if self.hessian is not None:
-            weighted = x @ self.hessian if self.hessian.dim() == 2 else x * self.hessian
-            self.weighted += weighted.double().mul_(double).sum()
+        if h is None:
+            return
+        if h.dim() == 1:
+            self.weighted += double.square_().mul_(h).sum()
+            return
+        for start in range(0, x.shape[1], self.width):
+            part = slice(start, start + self.width)
+            weighted = (x[:, part] @ h[part, part]).addmm_(x[:, :start], h[:start, part], alpha=2)
+            self.weighted += weighted.double().mul_(double[:, part]).sum()
 
     def total(self) -> tuple[float, float | None]:
         """||X||^2, and tr(X H X^T) where H is known."""
@@ -146,13 +158,14 @@ class Extract:
                 lost.add(chunk, self.rotation)
                 if chunk.start + chunk.x.shape[0] == stop:
                     with cancellable(work.environment.run_id):
-                        chunk.writes += self._writes(work, lost)
+                        chunk.writes += self.extract(work, lost)
                 yield chunk
 
         work.stream = stream
         return work
 
-    def _writes(self, work: Work, lost: Lost) -> list[tuple[str, int, torch.Tensor]]:
+    def extract(self, work: Work, lost: Lost) -> list[tuple[str, int, torch.Tensor]]:
+        """What is written of the adapter: (slot, byte offset, rows). ``work`` gets the gain; takes the error away."""
         plan = work.plan.adapter
         assert plan is not None
         assert plan.tensors is not None
@@ -176,10 +189,12 @@ class Extract:
         return Weighting(lost.hessian) if self.weighted and lost.hessian is not None else None
 
     def memory(self, plan: LayerPlan, environment: Environment) -> int:
-        """The error, the statistics twice while they are read, what the decomposition takes, and decoded rows."""
+        """The error, rows that are summed, the statistics twice while they are read, what the decomposition takes,
+        and decoded rows."""
         rows, columns = plan.layer.weight.shape
         statistics = 8 * make_format(*self.format).columns(columns) ** 2 if self.inputs else 0
-        fixed = 4 * rows * columns + _ROWS * columns * 24 + statistics
+        sums = 28 * _BLOCK[environment.device.partition(":")[0]][0] * columns
+        fixed = 4 * rows * columns + sums + statistics
         return fixed + memory_of_low_rank((rows, columns), self.rank) + chunk_elements(plan, environment) * 24
 
 
