@@ -42,11 +42,11 @@ from quantloom.flow.token_batches import Amount
 from quantloom.formats.layers import group_layers
 from quantloom.formats.rotation import rotate_, rotation_group
 from quantloom.formats.source import open_source
-from quantloom.stages.inputs import Inputs, opened, release
+from quantloom.stages.inputs import Inputs, release
 from quantloom.stages.matrix import solve
 from quantloom.stages.methods import BY_ROWS, Problem, make_method
 from quantloom.stages.reading import Decode
-from quantloom.stages.statistics import Moments
+from quantloom.stages.statistics import Moments, Statistics
 from quantloom.stages.work import Environment, LayerPlan, Work
 
 FORMATS: dict[str, dict[str, Any]] = {
@@ -162,8 +162,8 @@ class Stores:
 
     def moments(self, source: str, layer: str, rotation: int | None = None, columns: int | None = None) -> Moments:
         """Of a layer, in the basis of a weight that was rotated."""
-        path = self.path(source)
-        inputs = Inputs(path, layer, opened(path).input_of(layer), rotation)
+        store = Statistics.open(self.path(source))
+        inputs = Inputs(store, layer, store.input_of(layer), rotation)
         return inputs.moments(columns or self.model.weight(layer).shape[1], torch.device("cpu"))
 
     @cached_property
@@ -204,6 +204,11 @@ def converted(model: Model, folder: Path, options: Mapping[str, Any]) -> Weights
     pipeline = Pipeline(scheduler="sync").read(model.file).target(preset="none").quantize(**options)
     report = pipeline.write(output, overwrite=True)
     assert len(report.layers) == len(model.layers), f"{len(report.layers)} of {len(model.layers)} layers quantized"
+    return decoded(output)
+
+
+def decoded(output: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a file, quantized weights in float32."""
     weights = load_file(output)
     for layer in group_layers(open_source(output)):
         if layer.encoding is not None:

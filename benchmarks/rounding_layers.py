@@ -107,16 +107,17 @@ class Cache:
         self.path.write_text(json.dumps(self.held, indent=1) + "\n")
 
 
-def key_of(layer: Layer, format: str) -> str:
+def key_of(layer: Layer, format: str, rank: int = 0) -> str:
     """Tells weights and settings apart."""
-    digest = hashlib.sha256(json.dumps([OPTIMIZER, DEFAULTS, CONVERT_TO_QUANT_PROGRAM.requirements[0]]).encode())
+    settings = [OPTIMIZER, DEFAULTS, CONVERT_TO_QUANT_PROGRAM.requirements[0], *([rank] if rank else [])]
+    digest = hashlib.sha256(json.dumps(settings).encode())
     digest.update(layer.weight.contiguous().numpy().tobytes())
     return f"{layer.name}, {format}, {digest.hexdigest()[:16]}"
 
 
-def run_peer(layer: Layer, formats: Sequence[str], envs: Path, cache: Cache) -> None:
-    """Has the peer round a layer in the formats that the cache lacks."""
-    missing = [format for format in formats if key_of(layer, format) not in cache.held]
+def run_peer(layer: Layer, formats: Sequence[str], envs: Path, cache: Cache, rank: int = 0) -> None:
+    """Has the peer round a layer in the formats that the cache lacks, and extract an adapter if it has a rank."""
+    missing = [format for format in formats if key_of(layer, format, rank) not in cache.held]
     if not missing:
         return
     python = create(CONVERT_TO_QUANT_PROGRAM, envs)
@@ -124,18 +125,18 @@ def run_peer(layer: Layer, formats: Sequence[str], envs: Path, cache: Cache) -> 
         folder = Path(name)
         save_file({"weight": layer.weight.contiguous()}, folder / "weight.safetensors")
         argv = [str(python), str(HERE / "rounding_peer.py"), str(folder / "weight.safetensors"), name,
-                "--formats", ",".join(missing), "--optimizer", OPTIMIZER]  # fmt: skip
+                "--formats", ",".join(missing), "--optimizer", OPTIMIZER, "--lora-rank", str(rank)]  # fmt: skip
         quiet = {"PATH": "/usr/bin:/bin", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=quiet) as process:
             assert process.stdout is not None
             for text in process.stdout:
                 line = json.loads(text)
                 format = line.pop("format")
-                cache.put(key_of(layer, format), line, folder / f"{format}.safetensors")
+                cache.put(key_of(layer, format, rank), line, folder / f"{format}.safetensors")
                 print(f"  {PEER}: {layer.name}, {format}: {line}", file=sys.stderr, flush=True)
         for format in missing:
-            if key_of(layer, format) not in cache.held:
-                cache.put(key_of(layer, format), {"failed": f"exit status {process.returncode}"}, folder / "none")
+            if key_of(layer, format, rank) not in cache.held:
+                cache.put(key_of(layer, format, rank), {"failed": f"exit status {process.returncode}"}, folder / "none")
 
 
 def peer_cell(layer: Layer, format: str, judge: Judge, cache: Cache) -> Cell:

@@ -4,9 +4,11 @@
 Runs under the interpreter of its environment (peers.py), or in a process that has its packages on ``sys.path``:
 
     python rounding_peer.py IN.safetensors OUT_FOLDER --formats "fp8 tensor,nvfp4" [--optimizer prodigy]
+        [--lora-rank 32]
 
 IN holds ``weight``. For each format OUT_FOLDER gets ``<format>.safetensors`` with ``codes``, ``scales`` and, for NVFP4,
-``whole``, as the program would store them; a line of JSON says how long it took. Imports nothing of quantloom.
+``whole``, as the program would store them, and with a rank the ``lora_up`` and ``lora_down`` that it extracts, if any;
+a line of JSON says how long it took. Imports nothing of quantloom.
 """
 
 from __future__ import annotations
@@ -53,6 +55,7 @@ def convert(weight: torch.Tensor, name: str, optimizer: str = "prodigy", **optio
     stored = {"codes": made[0], "scales": made[1]}
     if name == "nvfp4":
         stored["whole"] = made[2]
+    stored |= made[-1] if isinstance(made[-1], dict) else {}
     return {key: torch.as_tensor(tensor).detach().contiguous() for key, tensor in stored.items()}
 
 
@@ -64,15 +67,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("out", type=Path)
     parser.add_argument("--formats", required=True)
     parser.add_argument("--optimizer", default="prodigy")
+    parser.add_argument("--lora-rank", type=int, help="extract an adapter too")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     weight = load_file(args.weight)["weight"]
+    adapter = {"extract_lora": True, "lora_rank": args.lora_rank, "lora_target": "."} if args.lora_rank else {}
     for name in args.formats.split(","):
         line: dict[str, Any] = {"format": name}
         try:
             convert(weight[:BLOCK, :BLOCK].contiguous(), name, args.optimizer, num_iter=2)  # imports, first calls
             began = time.process_time()
-            stored = convert(weight.clone(), name, args.optimizer)
+            stored = convert(weight.clone(), name, args.optimizer, **adapter)
             line["seconds"] = time.process_time() - began
             save_file({key: tensor.cpu() for key, tensor in stored.items()}, args.out / f"{name}.safetensors")
         except Exception as error:  # whatever it fails with is the result

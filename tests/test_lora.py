@@ -24,6 +24,7 @@ from quantloom.flow.report import Report
 from quantloom.flow.survey import automatic_rank
 from quantloom.formats.errors import NonFiniteError, PlanError, QuantloomError, UsageError
 from quantloom.stages.adapter_targeting import AdapterTarget, block_index, why_not
+from quantloom.stages.extract import Energies
 from quantloom.stages.low_rank import Weighting, low_rank
 from quantloom.stages.statistics import Statistics
 
@@ -189,6 +190,24 @@ def test_weighting_makes_outputs_better_and_weights_worse() -> None:
     plain, weighted = errors(None), errors(Weighting(hessian))
     assert weighted[1] < 0.8 * plain[1]
     assert plain[0] < weighted[0]
+
+
+@pytest.mark.parametrize("columns", [96, 1100])
+@pytest.mark.parametrize("known", ["whole", "diagonal"])
+def test_energies_are_sums_over_rows_however_they_come(columns: int, known: str) -> None:
+    """More rows and columns than are summed at a time, in any portions: the same bits."""
+    x, hessian = noise(300, columns), moments_of(columns)
+    given, matrix = (hessian, hessian) if known == "whole" else (hessian.diagonal(), hessian.diagonal().diag())
+    found = []
+    for step in (300, 256, 7):
+        energies = Energies(columns, given, torch.device("cpu"))
+        for start in range(0, len(x), step):
+            energies.add(x[start : start + step])
+        found.append(energies.total())
+    assert found[0] == found[1] == found[2]
+    double = x.double()
+    assert found[0][0] == pytest.approx(float(double.square().sum()), rel=1e-12)
+    assert found[0][1] == pytest.approx(float((double @ matrix.double() * double).sum()), rel=1e-6)
 
 
 # -- what is written ---------------------------------------------------------------------------------------------------
