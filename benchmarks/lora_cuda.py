@@ -32,7 +32,8 @@ from safetensors.torch import save_file
 
 from quantloom import Pipeline
 from quantloom.stages.counter import seed_of
-from quantloom.stages.extract import Energies, Extract, Lost
+from quantloom.stages.energies import Energies
+from quantloom.stages.extract import Extract, Lost
 from quantloom.stages.low_rank import Weighting, low_rank
 from quantloom.stages.work import Environment, Work
 

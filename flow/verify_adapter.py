@@ -16,8 +16,9 @@ from ..formats.errors import CheckpointError, PlanError, listed, shown
 from ..formats.layers import Layer
 from ..formats.source import Source, open_source
 from ..formats.tensors import FLOAT_DTYPES, TensorRef
+from ..stages.energies import Energies
 from ..stages.evidence import Evidence
-from ..stages.extract import AdapterGain, Energies, relative_errors
+from ..stages.extract import AdapterGain, relative_errors
 from ..stages.origin import Origin
 from ..stages.reading import read_whole
 from ..stages.work import Environment

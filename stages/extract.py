@@ -18,6 +18,7 @@ from ..formats.rotation import rotate_
 from ..formats.tensors import torch_dtype
 from .cancelling import cancellable
 from .counter import seed_of
+from .energies import Energies, memory_of_energies
 from .inputs import Inputs
 from .low_rank import Weighting, low_rank, memory_of_low_rank, operations_of_low_rank
 from .quality import Errors
@@ -27,8 +28,6 @@ from .work import ADAPTER, Chunk, Environment, LayerPlan, Work
 MOST_SURVEYED = 128
 """Singular values that a survey looks at: no adapter of automatic rank is larger."""
 
-_BLOCK = {"cpu": (256, 512), "cuda": (1024, 2048)}
-"""Rows and columns that are summed at a time."""
 _KEPT_BYTES = 48 << 20
 """What the C library keeps of temporaries that are freed, and LAPACK of its own: measured on layers of 2048x6144."""
 
@@ -44,49 +43,6 @@ class AdapterGain:
     """Of stored weight and adapter, as both are stored."""
     spectrum: tuple[float, ...] = ()
     """In a survey: the share of the squared error that each further rank removes, falling."""
-
-
-class Energies:
-    """Squared norms of the rows that are added: ||X||^2, and with second moments H tr(X H X^T), in float64.
-
-    H is symmetric: blocks of columns meet those before them and count twice, which saves almost half of the work.
-    """
-
-    def __init__(self, columns: int, hessian: torch.Tensor | None, device: torch.device) -> None:
-        self.hessian, self.held = hessian, 0
-        rows, self.width = _BLOCK[device.type]
-        self.block = torch.empty(rows, columns, dtype=torch.float32, device=device)
-        self.plain = torch.zeros((), dtype=torch.float64, device=device)
-        self.weighted = torch.zeros_like(self.plain)
-
-    def add(self, x: torch.Tensor) -> None:
-        """Takes float32 (r, n)."""
-        rows = len(self.block)
-        while len(x):
-            part = x[: rows - self.held]
-            self.block[self.held : self.held + len(part)] = part
-            self.held, x = self.held + len(part), x[len(part) :]
-            if self.held == rows:
-                self._sum()
-
-    def _sum(self) -> None:
-        x, h, self.held = self.block[: self.held], self.hessian, 0
-        self.plain += torch.linalg.vector_norm(x, dtype=torch.float64).square()
-        if h is None:
-            return
-        for start in range(0, x.shape[1], self.width):
-            part = slice(start, start + self.width)
-            here = x[:, part]
-            if h.dim() == 1:
-                weighted = here * h[part]
-            else:  # H is symmetric: what lies right of the diagonal counts twice
-                weighted = (here @ h[part, part]).addmm_(x[:, :start], h[:start, part], alpha=2)
-            self.weighted += weighted.double().mul_(here).sum()
-
-    def total(self) -> tuple[float, float | None]:
-        """||X||^2, and tr(X H X^T) where H is known."""
-        self._sum()
-        return float(self.plain), None if self.hessian is None else max(0.0, float(self.weighted))
 
 
 @dataclass(frozen=True)
@@ -234,8 +190,7 @@ class Extract:
         decoded rows, and what the allocator keeps."""
         rows, columns = plan.layer.weight.shape
         statistics = 8 * padded_columns(self.coded, columns) ** 2 if self.inputs else 0
-        block, width = _BLOCK[environment.device.partition(":")[0]]
-        sums = 2 * block * (4 * columns + 16 * width)
+        sums = 2 * memory_of_energies(columns, environment.device)
         fixed = 4 * rows * columns + sums + statistics + min(_KEPT_BYTES, 4 * rows * columns)
         return fixed + memory_of_low_rank((rows, columns), self.rank) + chunk_elements(plan, environment) * 24
 

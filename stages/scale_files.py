@@ -107,5 +107,6 @@ def _value(ref: TensorRef) -> object:
 
 def _number(value: object) -> float | None:
     """The scale, or None for what is none."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if number and is_scale(value) else None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not is_scale(value):
+        return None
+    return float(value)

@@ -13,7 +13,7 @@ from ..formats.format import Format
 from ..formats.registry import make_format
 from .cancelling import cancellable
 from .counter import seed_of
-from .extract import Energies
+from .energies import Energies
 from .inputs import Inputs
 from .low_rank import Weighting, low_rank, memory_of_low_rank
 from .quality import ROWS, nearest_scales, row_ranges

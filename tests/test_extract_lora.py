@@ -307,12 +307,15 @@ def test_a_model_of_another_program_is_known_by_its_headers(checkpoint: Path, qu
             verify(str(other), str(checkpoint), adapter=str(tmp_path / "lora.safetensors"))
 
 
-def test_an_adapter_of_another_finetune_with_equal_headers(checkpoint: Path, quantized: Path, tmp_path: Path) -> None:
+def test_an_adapter_of_another_finetune_with_equal_headers(tmp_path: Path) -> None:
     """Headers cannot tell such models apart: what the adapter tells of its errors does."""
-    extract(checkpoint, quantized, tmp_path / "lora.safetensors", {"rank": 1, "target": "."})
-    tuned = write_file(tmp_path / "in2" / "tiny.safetensors", make_tensors(seed=5))
-    model = tmp_path / "tuned.safetensors"
-    Pipeline().read(tuned).target(preset="none").quantize("nvfp4").write(model)
+    models = []
+    for seed in (1, 5):  # one entry of metadata: safetensors orders several at random
+        source = write_file(tmp_path / f"{seed}.safetensors", make_tensors(seed=seed), format="pt")
+        models.append((source, tmp_path / f"quantized{seed}.safetensors"))
+        Pipeline().read(source).target(preset="none").quantize("nvfp4").write(models[-1][1])
+    extract(*models[0], tmp_path / "lora.safetensors", {"rank": 1, "target": "."})
+    tuned, model = models[1]
     checked = verify(str(model), str(tuned), adapter=str(tmp_path / "lora.safetensors"))
     assert not checked.ok
     assert len(checked.problems) == 7

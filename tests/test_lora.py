@@ -24,7 +24,7 @@ from quantloom.flow.report import Report
 from quantloom.flow.survey import automatic_rank
 from quantloom.formats.errors import NonFiniteError, PlanError, QuantloomError, UsageError
 from quantloom.stages.adapter_targeting import AdapterTarget, block_index, why_not
-from quantloom.stages.extract import Energies
+from quantloom.stages.energies import Energies
 from quantloom.stages.low_rank import Weighting, low_rank
 from quantloom.stages.statistics import Statistics
 
