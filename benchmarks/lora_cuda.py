@@ -77,9 +77,9 @@ class Layer:
                 self.step = step
                 break
             self.work = step.run(self.work)
-        self.lost = Lost(self.work, self.step.format, self.step.inputs)
+        self.lost = Lost(self.work, self.step.coded, self.step.inputs)
         for chunk in self.work.chunks():
-            self.lost.add(chunk, self.step.rotation)
+            self.lost.add(chunk)
         self.error = self.lost.error.clone()
 
     def extract(self) -> float:

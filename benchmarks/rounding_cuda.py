@@ -308,12 +308,12 @@ class Conversion:
         return [self.format, self.rounding, f"{self.seconds:.2f}", f"{self.ratio:.2f}x", rate, busy, f"{self.peak:.0f}"]
 
 
-def convert(source: Path, output: Path, format: str, rounding: str, store: Path, device: torch.device) -> float:
+def convert(source: Path, output: Path, format: str, rounding: str, store: Path, run: dict[str, Any]) -> float:
     """Wall seconds."""
     fmt = format_of(format)
     scaling = None if fmt.scaling == "group" else fmt.scaling
     given = {"statistics": str(store)} if rounding == "calibrated" else {}
-    pipeline = Pipeline(device=str(device)).read(source).quantize(fmt.name, scaling=scaling, rounding=rounding, **given)
+    pipeline = Pipeline(**run).read(source).quantize(fmt.name, scaling=scaling, rounding=rounding, **given)
     began = time.perf_counter()
     pipeline.write(output, overwrite=True)
     return time.perf_counter() - began
@@ -332,16 +332,16 @@ def conversions(args: argparse.Namespace, device: torch.device) -> Iterator[Conv
         size = large.stat().st_size / 1e9
         read, write = storage_rates(large, folder)
         print(f"{size:.2f} GB, {inputs} inputs; one thread reads {read:.2f} GB/s, writes and syncs {write:.2f} GB/s")
-        output = folder / "out.safetensors"
+        output, run = folder / "out.safetensors", {"device": str(device), "workers": args.workers}
         for format in chosen(args.formats, FORMATS):
             first = 0.0
             for rounding in args.roundings.split(","):
-                convert(small, output, format, rounding, folder / "small.zarr", device)
+                convert(small, output, format, rounding, folder / "small.zarr", run)
                 if device.type == "cuda":
                     torch.cuda.empty_cache()
                     torch.cuda.reset_peak_memory_stats(device)
                 with Busy(device) as busy:
-                    seconds = convert(large, output, format, rounding, folder / "large.zarr", device)
+                    seconds = convert(large, output, format, rounding, folder / "large.zarr", run)
                 first = first or seconds
                 peak = torch.cuda.max_memory_allocated(device) / 1e6 if device.type == "cuda" else 0.0
                 yield Conversion(format, rounding, seconds, seconds / first, size / seconds, busy.share, peak)
@@ -359,6 +359,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--gb", type=float, default=12)
     parser.add_argument("--roundings", default=",".join(ROUNDINGS),
                         help="of whole conversions; the first is the yardstick")  # fmt: skip
+    parser.add_argument("--workers", type=int, help="tasks at a time of whole conversions; default: the product's")
     parser.add_argument("--folder", help="where to generate and write; default: the system's temporary folder")
     parser.add_argument("--json", help="where to write the figures")
     args = parser.parse_args(argv)

@@ -37,6 +37,13 @@ def decoded_as(stored: Stored) -> Encoding | None:
         return None
 
 
+def _numbers(encoding: Encoding) -> Encoding:
+    """The encoding as far as it decides about numbers: the scalar of hybrid MXFP8 is another way to the same ones."""
+    if encoding.format[0] != "hybrid_mxfp8":
+        return encoding
+    return replace(encoding, format=("mxfp8", *encoding.format[1:]), whole=None)
+
+
 def check_marker(stored: Stored, keys: list[str], encoding: Encoding | None) -> None:
     """Holds a layer's new description to what is stored.
 
@@ -65,7 +72,7 @@ def check_marker(stored: Stored, keys: list[str], encoding: Encoding | None) -> 
     after = recognize(stored)
     if encoding is not None and "orig_shape" in keys and "orig_shape" in entry:
         encoding = replace(encoding, shape=after.shape)
-    if encoding is not None and after != encoding:
+    if encoding is not None and _numbers(after) != _numbers(encoding):
         words = f"as {_words(after)} instead of {_words(encoding)}"
         if after.shape != encoding.shape:
             words = f"a weight of {list(after.shape)} instead of {list(encoding.shape)}"

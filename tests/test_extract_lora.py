@@ -389,6 +389,7 @@ def test_a_gpu_brings_as_much(kind: str, method: str, checkpoint: Path, store: P
             reports.append(extract(checkpoint, model, again, lora, device=device, statistics=str(store)))
         assert verify(str(model), str(checkpoint), adapter=str(tmp_path / f"{device}_lora.safetensors")).ok
         found += [[layer.gain.after.output for layer in report.layers if layer.gain] for report in reports]
-    assert all(len(values) == 7 for values in found)
+    assert len({len(values) for values in found}) == 1
+    assert len(found[0]) >= 5
     for values in found[1:]:
         assert values == pytest.approx(found[0], rel=0.05 if method == "svdquant" else 1e-3)
