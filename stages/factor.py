@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from ..formats.errors import NonFiniteError
+from .cholesky import cholesky
 
 _MOST_DAMPING = 1e6
 """No symmetric matrix of numbers fails to be positive definite with this share of its mean diagonal added."""
@@ -46,8 +47,8 @@ def factorise(hessian: torch.Tensor, damping: float, group: int) -> Factor:
     flipped = hessian.index_select(0, backwards).index_select(1, backwards).div_(unit)
     flipped.diagonal().add_(damping)
     while True:
-        found, failed = torch.linalg.cholesky_ex(flipped)
-        if not bool(failed):
+        found = cholesky(flipped)
+        if found is not None:
             break
         if damping > _MOST_DAMPING:
             raise NonFiniteError("the second moments of the inputs hold NaN or Inf")

@@ -24,12 +24,8 @@ if TYPE_CHECKING:
 
 _STRIP = 16
 """Columns that are held in registers, and spelled out by the compiler."""
-_ROWS = 16
-"""Rows per program: few, since there are fewer rows than a GPU has lanes."""
-_DEPTH = 128
-"""Moves that a product takes at a time."""
-_WARPS = 2
-"""Warps per program: both walk the same rows, and share the products."""
+_PROGRAM = {"R": 32, "D": 128, "num_warps": 2}
+"""Rows and warps of a program (both warps walk the same rows), and the moves that a product takes at a time."""
 
 
 @triton.jit
@@ -189,19 +185,20 @@ def cascade_(target: torch.Tensor, moves: torch.Tensor, origin: torch.Tensor, co
              steps: Steps) -> None:  # fmt: skip
     """``cascade.cascade_`` in one kernel."""
     (width, rows), (inverse, multiplier) = target.shape, steps
-    _walk[(triton.cdiv(rows, _ROWS),)](
+    _walk[(triton.cdiv(rows, _PROGRAM["R"]),)](
         target, origin, coupling, moves, inverse, multiplier, inverse, rows, rows, coupling.stride(0),
-        inverse.stride(0), PEAKS=False, B=width, G=width // inverse.shape[0], S=_STRIP, R=_ROWS, D=_DEPTH,
-        **grid_of(element), num_warps=_WARPS,
+        inverse.stride(0), PEAKS=False, B=width, G=width // inverse.shape[0], S=_STRIP, **grid_of(element),
+        **_PROGRAM,
     )  # fmt: skip
 
 
 def choosing_cascade_(target: torch.Tensor, moves: torch.Tensor, origin: torch.Tensor, coupling: torch.Tensor,
                       scaling: Scaling, peak: torch.Tensor, choice: Choice) -> None:  # fmt: skip
     """``cascade.choosing_cascade_`` in one kernel."""
-    (width, rows), grid = target.shape, (triton.cdiv(target.shape[1], _ROWS),)
+    width, rows = target.shape
     strides = rows, rows, coupling.stride(0), peak.stride(0)
-    shape = {"B": width, "R": _ROWS, "D": _DEPTH, **grid_of(scaling.format.element), "num_warps": _WARPS}
+    shape = {"B": width, **grid_of(scaling.format.element), **_PROGRAM}
+    grid = (triton.cdiv(rows, _PROGRAM["R"]),)
     if scaling.format.name == "mxfp8":  # powers of two: one candidate, the largest target's own
         _walk[grid](target, origin, coupling, moves, peak, peak, peak, *strides, PEAKS=True, G=scaling.grouped,
                     S=_STRIP, **shape)  # fmt: skip

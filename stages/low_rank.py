@@ -78,15 +78,16 @@ def _range(error: torch.Tensor, rank: int, seed: int, weighting: Weighting | Non
     k, smaller = _width((rows, columns), rank), min(rows, columns)
     if k == rows:
         return torch.eye(rows, device=error.device)
-    right = signs((columns, k), seed, error.device)
-    steps = 0 if k == smaller else _POWER_STEPS
-    left = orthonormal(_scaled(error @ right), passes=1 if steps else 2)
-    for step in range(steps):
+    if k == smaller:
+        whole: torch.Tensor = torch.linalg.qr(_scaled(error))[0]
+        return whole
+    left = orthonormal(_scaled(error @ signs((columns, k), seed, error.device)), passes=1)
+    for step in range(_POWER_STEPS):
         check_here()
         right = error.T @ left
         if weighting is not None:
             right = weighting.times(right)
-        left = orthonormal(_scaled(error @ _scaled(right)), passes=2 if step == steps - 1 else 1)
+        left = orthonormal(_scaled(error @ _scaled(right)), passes=2 if step == _POWER_STEPS - 1 else 1)
     return left
 
 

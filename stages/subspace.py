@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..formats.errors import UsageError
+from .cholesky import cholesky
 from .counter import signs
 from .products import rough
 
@@ -42,8 +43,8 @@ def orthonormal(x: torch.Tensor, passes: int = 2) -> torch.Tensor:
     q: torch.Tensor = x / x.norm(dim=0).clamp(min=torch.finfo(x.dtype).tiny)
     unit = torch.eye(q.shape[1], dtype=q.dtype, device=q.device)
     for _ in range(passes):
-        factor, failed = torch.linalg.cholesky_ex(q.T @ q)
-        if bool(failed):
+        factor = cholesky(q.T @ q)
+        if factor is None:
             fallback: torch.Tensor = torch.linalg.qr(x)[0]
             return fallback
         q = q @ torch.linalg.solve_triangular(factor, unit, upper=False).T

@@ -13,6 +13,7 @@ from quantloom.formats.errors import UsageError
 from quantloom.formats.format import Format, Stats
 from quantloom.formats.registry import make_format
 from quantloom.stages.counter import bits, seed_of, signs, uniform
+from quantloom.stages.factor import factorise
 from quantloom.stages.learned import Learned
 from quantloom.stages.matrix import solve
 from quantloom.stages.methods import Problem
@@ -181,3 +182,22 @@ def test_random_numbers_are_uniform() -> None:
 def test_options_that_mean_nothing(options: dict[str, float], words: str) -> None:
     with pytest.raises(UsageError, match=words):
         Learned(**options)  # type: ignore[arg-type]
+
+
+def test_a_factor_that_failed_in_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As cuSOLVER leaves it: NaN, and no word of failure."""
+    real, silent = torch.linalg.cholesky_ex, [True, False]
+
+    def factorised(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        factor, failed = real(x)
+        return (factor * float("nan"), failed * 0) if silent.pop(0) else (factor, failed)
+
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", factorised)
+    x = torch.randn(64, 16, generator=torch.Generator().manual_seed(0))
+    q = orthonormal(x)
+    assert torch.allclose(q.T @ q, torch.eye(16), atol=1e-5)
+    assert torch.allclose(q @ (q.T @ x), x, atol=1e-4)
+    silent[:] = [True, False]
+    factor = factorise(x.T @ x, 0.01, 1)
+    assert float(factor.diagonal.mean()) == pytest.approx(1.1, rel=1e-4)  # ten times the damping
+    assert factor.lower.isfinite().all()
