@@ -19,7 +19,7 @@ from measure import table
 from quantloom.formats.registry import make_format
 from quantloom.stages.scale_search import Scaling
 
-SHAPES = ((16, 1, 128), (16, 2, 128), (32, 1, 64), (32, 1, 128), (32, 2, 128), (32, 4, 128), (64, 4, 128))
+SHAPES = ((16, 1, 16), (16, 1, 128), (16, 2, 128), (32, 1, 64), (32, 1, 128), (32, 2, 128), (32, 4, 128), (64, 4, 128))
 ROWS = (3072, 5461, 12288, 21504)
 
 
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     lines = []
     for count, warps, depth in SHAPES:
         kernels_cascade._PROGRAM.update(R=count, D=depth, num_warps=warps)
-        line = [f"{count} rows, {warps} warps, {depth} moves" + (" (own)" if kernels_cascade._PROGRAM == own else "")]
+        line = [f"{count} rows, {warps} warps, {depth} moves" + (" (own)" if own == kernels_cascade._PROGRAM else "")]
         for many in rows:
             target = torch.randn(args.columns, many, device="cuda")
             origin, moves = target + 0.01, torch.empty_like(target)
