@@ -18,8 +18,9 @@ from ..formats.source import Source, open_source
 from ..formats.tensors import FLOAT_DTYPES, TensorRef
 from ..stages.energies import Energies
 from ..stages.evidence import Evidence
-from ..stages.extract import AdapterGain, relative_errors
+from ..stages.extract import relative_errors
 from ..stages.origin import Origin
+from ..stages.quality import AdapterGain
 from ..stages.reading import read_whole
 from ..stages.work import Environment
 from .adapter import ENTRY
