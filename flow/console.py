@@ -231,8 +231,8 @@ def print_roundings(roundings: Iterable[Rounding]) -> None:
     for rounding in roundings:
         console.print(f"[bold]{rounding.name}[/]  {_escape(rounding.help)}", soft_wrap=True)
         for option in rounding.options:
-            default = "default: chosen for you" if option.default is None else f"default {option.default}"
-            console.print(f"    {option.name}  {_escape(option.help)} ({default})", soft_wrap=True)
+            default = "" if option.default is None else f" (default {option.default})"
+            console.print(f"    {option.name}  {_escape(option.help)}{default}", soft_wrap=True)
 
 
 def print_formats(formats: Iterable[FormatInfo]) -> None:
