@@ -47,7 +47,8 @@ class Migration:
 
     stage: Migrate
     context: Context
-    broken: list[str] = field(default_factory=list)
+    broken: dict[str, list[str]] = field(default_factory=dict)
+    """Layers that the form cannot say, by reason."""
     removed: list[str] = field(default_factory=list)
     kept: list[str] = field(default_factory=list)
     cast: int = 0
@@ -63,7 +64,7 @@ class Migration:
             raise UsageError(f"migrate: cast filter {shown(self.stage.cast_filter)} matches no tensor of floats")
         dropped = self._dropped(marks)
         if not any(plan.change for plan in planned) and not dropped and not self._lacks_header(planned):
-            raise PlanError(f"{self.context.source.root}: nothing to migrate: {_already(scaled)}")
+            raise PlanError(f"{self.context.source.place}: nothing to migrate: {_already(scaled)}")
         self._announce(dropped, planned)
         return [*planned, *marks]
 
@@ -86,7 +87,7 @@ class Migration:
                 return plan  # of a format that only clients know
             return self._plain(plan)
         except Inexpressible as reason:
-            self.broken.append(f"{layer.name}: {reason}")
+            self.broken.setdefault(str(reason), []).append(layer.name)
             return plan
 
     def _quantized(self, layer: Layer) -> LayerPlan:
@@ -144,13 +145,14 @@ class Migration:
         for layer in layers:
             own = [prefix for prefix in prefixes if layer.name.startswith(prefix)]
             if not own:
-                self.broken.append(f"{layer.name}: lies outside of {prefixes[0]!r}, all that a legacy marker covers")
+                reason = f"lies outside of {prefixes[0]!r}, all that a legacy marker covers"
+                self.broken.setdefault(reason, []).append(layer.name)
                 continue
             said, wanted = asks_full_precision(layer), self.stage.full_precision_matmul
             asked[max(own, key=len)].add(said if wanted is None else wanted)
         if mixed := [prefix for prefix, answers in asked.items() if len(answers) > 1]:
             raise PlanError(
-                f"{self.context.source.root}: some layers below {mixed[0] + LEGACY_MARKER!r} ask to be multiplied in "
+                f"{self.context.source.place}: some layers below {mixed[0] + LEGACY_MARKER!r} ask to be multiplied in "
                 "full precision, others do not, and a legacy file has one word for all: pass --full-precision-matmul "
                 "or --no-full-precision-matmul"
             )
@@ -166,10 +168,11 @@ class Migration:
         return any(plan.entry for plan in planned) and HEADER_KEY not in self.context.source.metadata
 
     def _refuse(self) -> None:
+        reasons = [f"{listed(names, _NAMED)}: {reason}" for reason, names in self.broken.items()]
         raise PlanError(
-            f"{self.context.source.root}: {len(self.broken)} layers cannot be stored in the form {self.stage.to}: "
-            f"{listed(self.broken, _NAMED, '; ')}. Ways out: quantloom dequantize makes plain weights of what it can "
-            "decode; quantloom convert quantizes those anew"
+            f"{self.context.source.place}: {sum(map(len, self.broken.values()))} layers cannot be stored in the form "
+            f"{self.stage.to}: {listed(reasons, _NAMED, '; ')}. Ways out: quantloom dequantize makes plain weights of "
+            "what it can decode; quantloom convert quantizes those anew"
         )
 
     def _announce(self, dropped: Sequence[str], planned: Sequence[LayerPlan]) -> None:
