@@ -63,7 +63,7 @@ class Migration:
             raise UsageError(f"migrate: cast filter {shown(self.stage.cast_filter)} matches no tensor of floats")
         dropped = self._dropped(marks)
         if not any(plan.change for plan in planned) and not dropped and not self._lacks_header(planned):
-            raise PlanError(f"{self.context.source.root}: nothing to migrate: {_already(scaled)}")
+            raise PlanError(f"{self.context.source.place}: nothing to migrate: {_already(scaled)}")
         self._announce(dropped, planned)
         return [*planned, *marks]
 
@@ -150,7 +150,7 @@ class Migration:
             asked[max(own, key=len)].add(said if wanted is None else wanted)
         if mixed := [prefix for prefix, answers in asked.items() if len(answers) > 1]:
             raise PlanError(
-                f"{self.context.source.root}: some layers below {mixed[0] + LEGACY_MARKER!r} ask to be multiplied in "
+                f"{self.context.source.place}: some layers below {mixed[0] + LEGACY_MARKER!r} ask to be multiplied in "
                 "full precision, others do not, and a legacy file has one word for all: pass --full-precision-matmul "
                 "or --no-full-precision-matmul"
             )
@@ -167,7 +167,7 @@ class Migration:
 
     def _refuse(self) -> None:
         raise PlanError(
-            f"{self.context.source.root}: {len(self.broken)} layers cannot be stored in the form {self.stage.to}: "
+            f"{self.context.source.place}: {len(self.broken)} layers cannot be stored in the form {self.stage.to}: "
             f"{listed(self.broken, _NAMED, '; ')}. Ways out: quantloom dequantize makes plain weights of what it can "
             "decode; quantloom convert quantizes those anew"
         )
