@@ -40,7 +40,7 @@ class _StderrHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.levelno >= logging.ERROR or record.name.partition(".")[0] not in self.noisy:
-            sys.stderr.write(f"{record.levelname} {record.name}: {record.getMessage()}\n")
+            sys.stderr.write(f"{record.levelname} {record.name}: {printable(record.getMessage())}\n")
 
 
 def setup_logging(verbosity: int) -> None:

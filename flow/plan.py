@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any
 
 from .. import __version__
-from ..formats.errors import CheckpointError, PlanError, UsageError
+from ..formats.errors import CheckpointError, PlanError, UsageError, printable
 from ..formats.layers import Layer, group_layers
 from ..formats.shards import Shard
 from ..formats.source import Source, open_source
@@ -142,7 +142,7 @@ class Plan:
         seconds = estimate_seconds(self.layers, self.recipe.run, workers)
         lines.append(f"estimate {show_seconds(seconds) if seconds >= 1 else 'under a second'}")
         lines += [f"note     {note}" for note in self.notes] + [f"warning  {text}" for text in self.warnings]
-        return "\n".join(lines)
+        return "\n".join(map(printable, lines))
 
     def __repr__(self) -> str:
         sizes = f"{show_size(self.nbytes_in)} -> {show_size(self.nbytes_out)}"
