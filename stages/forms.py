@@ -127,6 +127,12 @@ def with_input_scale(layer: Layer, form: Form, dialect: str, value: float) -> Fo
     return replace(form, constants=(*form.constants, constant))
 
 
+def without_constant_scale(form: Form) -> tuple[Form, bool]:
+    """The form without the activation scale that is added to what is stored, and whether it has one."""
+    others = tuple(each for each in form.constants if not each[0].name.endswith(tuple(INPUT_SCALES.values())))
+    return replace(form, constants=others), len(others) < len(form.constants)
+
+
 def has_input_scale(form: Form) -> bool:
     return any(spec.name.endswith(tuple(INPUT_SCALES.values())) for _, spec in form.moves)
 

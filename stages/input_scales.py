@@ -102,7 +102,7 @@ class InputScales:
         had = {name for name, plan in takers.items() if _has_scale(plan.layer)}
         if self.remove:
             if not had:
-                raise PlanError(f"{context.source.root}: no layer has an activation scale: there is nothing to remove")
+                raise PlanError(f"{context.source.place}: no layer has an activation scale: there is nothing to remove")
             return [_without(plan.layer) if plan.layer.name in had else _as_it_is(plan) for plan in layers]
         wanting = {name: plan for name, plan in takers.items() if not (self.only_missing and name in had)}
         found: dict[str, Found] = {}
@@ -111,7 +111,7 @@ class InputScales:
         if not found:
             left = f"none of {len(wanting)} layers gets an activation scale from {', '.join(self._sources())}"
             raise PlanError(
-                f"{context.source.root}: {left if wanting else 'every layer has an activation scale already'}"
+                f"{context.source.place}: {left if wanting else 'every layer has an activation scale already'}"
             )
         _announce(wanting, found, context)
         planned = []
@@ -130,7 +130,7 @@ class InputScales:
         takers = {plan.layer.name: plan for plan in layers if _takes(plan.layer)}
         if not takers:
             raise PlanError(
-                f"{context.source.root}: no layer takes an activation scale: FP8 and NVFP4 layers with ComfyUI's "
+                f"{context.source.place}: no layer takes an activation scale: FP8 and NVFP4 layers with ComfyUI's "
                 "markers do. Quantize first, or store scales with `quantloom convert --input-scale amax`"
             )
         if self.filter is None:

@@ -67,7 +67,7 @@ def edit_markers(
     chosen = _chosen(marked, pattern, source) if add or remove else {}
     if not rebuild and (torn := [f"{name}: {one.conflict}" for name, one in chosen.items() if one.conflict]):
         raise PlanError(
-            f"{_where(source)}: {len(torn)} layers are described in two ways: {listed(torn, _NAMED, '; ')}. Give "
+            f"{source.place}: {len(torn)} layers are described in two ways: {listed(torn, _NAMED, '; ')}. Give "
             "--rebuild-header to write the header from the markers"
         )
     touched = marked if rebuild else chosen
@@ -96,7 +96,7 @@ def _marked(layers: Iterable[Layer], source: Source, header: HeaderEntry) -> dic
         if layer.weight.name == layer.name + WEIGHT and (layer.name in tensors or layer.name in stated)
     }
     if not found:
-        raise PlanError(f"{_where(source)}: no layer has a .comfy_quant marker or header entry: nothing to edit")
+        raise PlanError(f"{source.place}: no layer has a .comfy_quant marker or header entry: nothing to edit")
     return found
 
 
@@ -105,7 +105,7 @@ def _chosen(marked: Mapping[str, _Marked], pattern: str | None, source: Source) 
     if not found:
         names = listed(list(marked), _NAMED)
         raise PlanError(
-            f"{_where(source)}: filter {shown(pattern)} matches no layer that has a marker; these have: {names}"
+            f"{source.place}: filter {shown(pattern)} matches no layer that has a marker; these have: {names}"
         )
     return found
 
@@ -138,7 +138,7 @@ def _refuse_values(chosen: Mapping[str, _Marked], entries: Mapping[str, Entry], 
     if refused:
         reason, names = next(iter(refused.items()))
         others = f"; {len(refused) - 1} more reasons" if len(refused) > 1 else ""
-        raise PlanError(f"{_where(source)}: {listed(names, _NAMED)}: {reason}{others}")
+        raise PlanError(f"{source.place}: {listed(names, _NAMED)}: {reason}{others}")
 
 
 def _say(add: Mapping[str, Any], remove: Sequence[str], before: Mapping[str, Entry], context: Context) -> None:
@@ -150,11 +150,6 @@ def _say(add: Mapping[str, Any], remove: Sequence[str], before: Mapping[str, Ent
     for key in remove:
         if key not in held:
             context.warnings.append(f"no layer has the key {key!r}{did_you_mean(key, sorted(held))}")
-
-
-def _where(source: Source) -> str:
-    """The file, or the folder of several."""
-    return str(source.files[0] if len(source.files) == 1 else source.root)
 
 
 def _inner(entry: Entry) -> Mapping[str, Any]:

@@ -75,6 +75,6 @@ class Migrate:
             raise UsageError(f"migrate: high precision {shown(self.high_precision)} matches no layer")
         if quantized := [layer.name for layer in found if layer.encoding or layer.problem]:
             raise PlanError(
-                f"{context.source.root}: {len(quantized)} layers that are to be in high precision are quantized: "
+                f"{context.source.place}: {len(quantized)} layers that are to be in high precision are quantized: "
                 f"{listed(quantized, _NAMED)}; take another checkpoint"
             )
