@@ -44,8 +44,6 @@ class Flag:
     section: str = "core"
     tuning: bool = False
     """Only tunes learned rounding."""
-    instead: str = ""
-    """Not available here: what to do instead."""
     needs: str = ""
     """The option without which it means nothing."""
 

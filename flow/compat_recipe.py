@@ -106,9 +106,6 @@ def base_name(source: str) -> str:
 
 
 def _refuse(options: Options) -> None:
-    for option, flag in all_flags().items():
-        if flag.instead and option in options:
-            raise UsageError(f"{flag.long} is not available in this version; instead: {flag.instead}")
     if "custom_layers" in options and "custom_type" not in options:
         raise UsageError("--custom-layers needs --custom-type: which format shall these layers get?")
 

@@ -133,7 +133,7 @@ def _table(*headings: str) -> Table:
 
 
 def print_plan(plan: Plan, budget: Budget, verbose: bool = False) -> None:
-    """Matrices by format and what is kept (with ``verbose`` every other tensor too), then the totals."""
+    """Matrices by format, what changes and what is kept (with ``verbose`` every other tensor too), then the totals."""
     from rich.text import Text
 
     console = stdout()
@@ -143,14 +143,15 @@ def print_plan(plan: Plan, budget: Budget, verbose: bool = False) -> None:
     most = max(20, console.width // 4)
     for layer in plan.layers:
         shape = layer.layer.weight.shape
-        if not verbose and not layer.format and not (layer.reason and len(shape) == 2):
+        if not verbose and not layer.format and not ((layer.reason or layer.change) and len(shape) == 2):
             continue
         kept = shortened(f"kept: {layer.reason}" if layer.reason else "copied", most)
         what = Text(layer.format or layer.change) if layer.format or layer.change else Text(kept, "dim")
         sizes = [short_size(layer.layer.nbytes), *([] if plan.base else [short_size(layer.nbytes_out)])]
         adapter = f"rank {layer.adapter.rank}, {short_size(layer.adapter.nbytes)}" if layer.adapter else ""
         table.add_row(Name(layer.layer.name), "x".join(map(str, shape)), what, *sizes, *([adapter] if adapters else []))
-    console.print(table)
+    if table.row_count:
+        console.print(table)
     console.print(_escape(plan.explain(budget.workers)), soft_wrap=True)
     parts = f"{show_size(budget.base)} for the process, {budget.workers} x {show_size(budget.task_bytes)} for tasks"
     total = f"at most {show_size(budget.peak_bytes)} ({parts}); budget {show_size(budget.limit)}"

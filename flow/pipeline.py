@@ -100,6 +100,13 @@ class Pipeline:
         def hybrid(self, *, mode: str | None = None, tensor_scales: str | None = None) -> Pipeline:
             """Makes MXFP8 layers hybrid MXFP8; see ``quantloom.stages.hybrid.Hybrid``."""
 
+        def dequantize(self, dtype: str = "bf16", *, nonfinite: str = "refuse") -> Pipeline:
+            """Decodes every quantized layer; see ``quantloom.stages.dequantize.Dequantize``."""
+
+        def migrate(self, to: str = "comfy", *, input_scale: float | None = None, clean: bool = False,
+                    cast: str | None = None, **options: Any) -> Pipeline:  # fmt: skip
+            """Stores quantized layers in another form; see ``quantloom.stages.migrate.Migrate``."""
+
     def __getattr__(self, verb: str) -> Callable[..., Pipeline]:
         if verb.startswith("_"):
             raise AttributeError(verb)

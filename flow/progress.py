@@ -53,7 +53,7 @@ class Display:
         if self.console.is_terminal:
             self._start_bars()
         else:
-            aim = "to change" if plan.changed else "to quantize"
+            aim = "to quantize" if plan.formats else "to change"
             words = f"converting {count(len(plan.layers), 'tensor')} ({count(self.total_layers, 'layer')} {aim})"
             if plan.base is not None:
                 words = f"comparing {count(self.total_layers, 'layer')} with {plan.base_path}"

@@ -109,6 +109,8 @@ class Report:
     def _done(self) -> str:
         if self.changed:
             return f"{count(sum(self.changed.values()), 'layer')} changed"
+        if not self.layers:
+            return "no layer changed"
         return f"{count(len(self.layers), 'layer')} quantized"
 
     @property

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import json
 import re
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from .shards import SUFFIX
-from .tensors import TensorSpec
+from .tensors import TensorSpec, number_tensor
 
 ADAPTER_DIALECTS = ("comfy", "peft", "peft-ranks", "diffusers")
 """``peft`` pads every layer to the largest rank, because vLLM reads only one; ``peft-ranks`` has a rank per layer."""
@@ -51,7 +50,7 @@ def adapter_tensors(dialect: str, base: str, shape: tuple[int, int], rank: int, 
     down = TensorSpec(f"{base}.{names[1]}.weight", dtype, (rank, shape[1]))
     if dialect != "comfy":
         return AdapterTensors(up, down)
-    return AdapterTensors(up, down, ((TensorSpec(f"{base}.alpha", "F32", ()), struct.pack("<f", rank)),))
+    return AdapterTensors(up, down, (number_tensor(f"{base}.alpha", rank),))
 
 
 def adapter_layer(dialect: str, layer: str, model: str = "") -> str:

@@ -7,14 +7,13 @@ A layer is marked by ``<layer>.comfy_quant``, UTF-8 JSON in a one-dimensional ui
 from __future__ import annotations
 
 import json
-import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .encoding import Layout
 from .swizzle import swizzled_shape
-from .tensors import TensorSpec
+from .tensors import TensorSpec, number_tensor
 
 if TYPE_CHECKING:
     from .format import Format
@@ -122,7 +121,7 @@ def storage(layer: str, shape: tuple[int, int], fmt: Format, options: LayerOptio
     constants = [marker_tensor(layer, entry)]
     input_scale = 1.0 if fmt.name == "int8" and fmt.scaling == "block" else options.input_scale
     if input_scale is not None and (fmt.name.startswith("fp8") or fmt.name == "nvfp4" or fmt.scaling == "block"):
-        constants.append((TensorSpec(f"{layer}.input_scale", "F32", ()), struct.pack("<f", input_scale)))
+        constants.append(number_tensor(f"{layer}.input_scale", input_scale))
     whole = TensorSpec(layer + WHOLE[fmt.name], "F32", ()) if fmt.name in WHOLE else None
     grouped = fmt.scaling == "group"
     layout = Layout(swizzled=grouped, high_nibble_first=fmt.name == "nvfp4")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -83,3 +84,8 @@ class Slot(TensorSpec):
     """Final path of the shard; bytes are written to its ``.part`` file until the commit."""
     start: int
     """Absolute offset of the first byte in the shard."""
+
+
+def number_tensor(name: str, value: float) -> tuple[TensorSpec, bytes]:
+    """One float32 number, such as an activation scale, as a tensor without dimensions: what it is, and its bytes."""
+    return TensorSpec(name, "F32", ()), struct.pack("<f", value)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,7 +10,7 @@ from ..formats.comfy import MARKER, LayerOptions, format_string, marker, marker_
 from ..formats.encoding import Encoding
 from ..formats.layers import Layer
 from ..formats.markers import Entry, flat
-from ..formats.tensors import FLOAT_DTYPES, TensorRef, TensorSpec
+from ..formats.tensors import FLOAT_DTYPES, TensorRef, TensorSpec, number_tensor
 from .casting import Recast
 from .reading import Copy
 from .work import LayerPlan, Step
@@ -20,9 +19,10 @@ from .writing import Write
 COMFY, LEGACY = "comfy", "legacy"
 INPUT_SCALES = {COMFY: ".input_scale", LEGACY: ".scale_input"}
 """Dialect -> what it calls an activation scale."""
-_SCALES = {COMFY: ".weight_scale", LEGACY: ".scale_weight"}
+SCALES = {COMFY: ".weight_scale", LEGACY: ".scale_weight"}
+"""Dialect -> what it calls the scales of a weight."""
 CLEANING = "--clean leaves it out"
-_OWN = frozenset({*_SCALES.values(), *INPUT_SCALES.values(), MARKER})
+_OWN = frozenset({*SCALES.values(), *INPUT_SCALES.values(), MARKER})
 _FULL_PRECISION = "full_precision_matrix_mult"
 _SHAPED = ("format", "group_size", "per_row", "convrot", "convrot_groupsize", _FULL_PRECISION)
 """Keys of a marker that follow from how the layer is stored."""
@@ -76,7 +76,7 @@ def comfy_form(layer: Layer, full_precision: bool | None) -> Form:
     form = _form(layer, encoding, COMFY)
     constants = [marker_tensor(layer.name, entry)]
     if built.name == "int8" and built.scaling == "block" and not has_input_scale(form):
-        constants.append(_number(layer.name + INPUT_SCALES[COMFY], 1.0))  # the nodes that read it insist
+        constants.append(number_tensor(layer.name + INPUT_SCALES[COMFY], 1.0))  # the nodes that read it insist
     return replace(form, constants=tuple(constants), entry=entry)
 
 
@@ -123,8 +123,14 @@ def with_input_scale(layer: Layer, form: Form, dialect: str, value: float) -> Fo
     """An FP8 layer with an activation scale, where it lacks one; others as they are."""
     if not _encoding(layer).format[0].startswith("fp8") or has_input_scale(form):
         return form
-    constant = _number(layer.name + INPUT_SCALES[dialect], value)
+    constant = number_tensor(layer.name + INPUT_SCALES[dialect], value)
     return replace(form, constants=(*form.constants, constant))
+
+
+def without_constant_scale(form: Form) -> tuple[Form, bool]:
+    """The form without the activation scale that is added to what is stored, and whether it has one."""
+    others = tuple(each for each in form.constants if not each[0].name.endswith(tuple(INPUT_SCALES.values())))
+    return replace(form, constants=others), len(others) < len(form.constants)
 
 
 def has_input_scale(form: Form) -> bool:
@@ -163,7 +169,7 @@ def _form(layer: Layer, encoding: Encoding, dialect: str) -> Form:
     moves, unused = [], []
     for ref in layer.tensors:
         if used and ref is used[0]:
-            moves.append((ref, _scales(layer.name + _SCALES[dialect], encoding, ref)))
+            moves.append((ref, _scales(layer.name + SCALES[dialect], encoding, ref)))
         elif inputs and ref is inputs[0]:
             moves.append((ref, TensorSpec(layer.name + INPUT_SCALES[dialect], "F32", ref.shape)))
         elif layer.part(ref) not in _OWN:
@@ -198,7 +204,3 @@ def _comfy_entry(layer: Layer, encoding: Encoding, full_precision: bool | None) 
         return {**entry, _FULL_PRECISION: True} if asked else entry
     made = marker(encoding.build(), encoding.shape, LayerOptions(encoding.rotation, asked))
     return made | {key: value for key, value in said.items() if key not in _SHAPED}
-
-
-def _number(name: str, value: float) -> tuple[TensorSpec, bytes]:
-    return TensorSpec(name, "F32", ()), struct.pack("<f", value)

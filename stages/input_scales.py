@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
@@ -10,13 +9,14 @@ from typing import Any, ClassVar
 from ..formats.errors import PlanError, UsageError, listed, shown
 from ..formats.layers import Layer
 from ..formats.markers import flat
-from ..formats.tensors import TensorSpec
+from ..formats.tensors import number_tensor
 from .activation_sources import AdapterDirections, Found, Given, Measured, Source
 from .adapter_targeting import matches
 from .evidence import NAMED, TAKE_INPUT_SCALES, percent
+from .forms import COMFY, INPUT_SCALES, LEGACY
 from .keeping import keep, renamed, verbatim, with_tensor, without_tensor
 from .rules import compile_pattern, is_scale, nearest_names
-from .scale_files import INPUT_SCALE, ScaleFile
+from .scale_files import ScaleFile
 from .stage import Context
 from .work import LayerPlan
 
@@ -145,16 +145,16 @@ class InputScales:
 def _takes(layer: Layer) -> bool:
     """Whether a client that knows ComfyUI's markers, or its legacy ones, reads an activation scale of the layer."""
     encoding = layer.encoding
-    return encoding is not None and encoding.dialect in ("comfy", "legacy") and encoding.format[0] in TAKE_INPUT_SCALES
+    return encoding is not None and encoding.dialect in INPUT_SCALES and encoding.format[0] in TAKE_INPUT_SCALES
 
 
 def _has_scale(layer: Layer) -> bool:
-    name = layer.name + (".scale_input" if _is_legacy(layer) else INPUT_SCALE)
+    name = layer.name + INPUT_SCALES[LEGACY if _is_legacy(layer) else COMFY]
     return any(ref.name == name for ref in layer.tensors)
 
 
 def _is_legacy(layer: Layer) -> bool:
-    return layer.encoding is not None and layer.encoding.dialect == "legacy"
+    return layer.encoding is not None and layer.encoding.dialect == LEGACY
 
 
 def _as_it_is(plan: LayerPlan, reason: str = "") -> LayerPlan:
@@ -165,14 +165,14 @@ def _as_it_is(plan: LayerPlan, reason: str = "") -> LayerPlan:
 def _with(layer: Layer, found: Found, replaced: bool) -> LayerPlan:
     """The layer with an activation scale, in place of what it had."""
     stored = renamed(layer) if _is_legacy(layer) else verbatim(layer)
-    scale = TensorSpec(layer.name + INPUT_SCALE, "F32", ()), struct.pack("<f", found.scale)
+    scale = number_tensor(layer.name + INPUT_SCALES[COMFY], found.scale)
     change = f"activation scale {'replaced' if replaced else 'added'}: {found.words}"
     return replace(with_tensor(stored, scale), change=change)
 
 
 def _without(layer: Layer) -> LayerPlan:
     stored = renamed(layer) if _is_legacy(layer) else verbatim(layer)
-    return replace(without_tensor(stored, layer.name + INPUT_SCALE), change="activation scale removed")
+    return replace(without_tensor(stored, layer.name + INPUT_SCALES[COMFY]), change="activation scale removed")
 
 
 def _announce(takers: Mapping[str, LayerPlan], found: Mapping[str, Found], context: Context) -> None:

@@ -13,11 +13,12 @@ from ..formats.layers import Layer
 from ..formats.markers import flat
 from ..formats.tensors import TensorRef, TensorSpec
 from .casting import Cast
+from .forms import COMFY, INPUT_SCALES, LEGACY, SCALES
 from .reading import Copy, Decode, read_whole
 from .work import LayerPlan
 from .writing import Write
 
-_LEGACY_NAMES = {".scale_weight": ".weight_scale", ".scale_input": ".input_scale"}
+_LEGACY_NAMES = {names[LEGACY]: names[COMFY] for names in (SCALES, INPUT_SCALES)}
 
 
 def keep(layer: Layer, reason: str) -> LayerPlan:
@@ -52,12 +53,12 @@ def verbatim(layer: Layer, reason: str = "") -> LayerPlan:
 
 def renamed(layer: Layer, reason: str = "") -> LayerPlan:
     """Copies every tensor, legacy ones under their new names; the marker is written anew, equal to the header's."""
-    legacy = layer.encoding is not None and layer.encoding.dialect == "legacy"
+    legacy = layer.encoding is not None and layer.encoding.dialect == LEGACY
     names = []
     for ref in layer.tensors:
         part = ref.name.removeprefix(layer.name)
         if part in _LEGACY_NAMES and layer.problem is None:
-            if not legacy or (part == ".scale_input" and _legacy_input_scale(layer) == 1.0):
+            if not legacy or (part == INPUT_SCALES[LEGACY] and _legacy_input_scale(layer) == 1.0):
                 continue
             names.append((ref, layer.name + _LEGACY_NAMES[part]))
         elif part != MARKER or layer.marker is None:
@@ -85,7 +86,7 @@ def without_tensor(plan: LayerPlan, name: str) -> LayerPlan:
 
 def _legacy_input_scale(layer: Layer) -> float | None:
     """A legacy layer's activation scale; 1.0 without one, None when it is not the one number that clients read."""
-    ref = next((ref for ref in layer.tensors if ref.name == f"{layer.name}.scale_input"), None)
+    ref = next((ref for ref in layer.tensors if ref.name == layer.name + INPUT_SCALES[LEGACY]), None)
     if ref is None:
         return 1.0
     return _number(ref) if ref.numel == 1 else None

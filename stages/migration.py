@@ -27,6 +27,7 @@ from .forms import (
     regular,
     with_input_scale,
     with_unused,
+    without_constant_scale,
     words_of,
 )
 from .stage import Context
@@ -48,7 +49,7 @@ class Migration:
     stage: Migrate
     context: Context
     broken: dict[str, list[str]] = field(default_factory=dict)
-    """Layers that the form cannot say, by reason."""
+    """Why the form cannot say how layers are stored -> these layers."""
     removed: list[str] = field(default_factory=list)
     kept: list[str] = field(default_factory=list)
     cast: int = 0
@@ -87,7 +88,7 @@ class Migration:
                 return plan  # of a format that only clients know
             return self._plain(plan)
         except Inexpressible as reason:
-            self.broken.setdefault(str(reason), []).append(layer.name)
+            self._break(layer, str(reason))
             return plan
 
     def _quantized(self, layer: Layer) -> LayerPlan:
@@ -145,8 +146,7 @@ class Migration:
         for layer in layers:
             own = [prefix for prefix in prefixes if layer.name.startswith(prefix)]
             if not own:
-                reason = f"lies outside of {prefixes[0]!r}, all that a legacy marker covers"
-                self.broken.setdefault(reason, []).append(layer.name)
+                self._break(layer, f"lies outside of {prefixes[0]!r}, all that a legacy marker covers")
                 continue
             said, wanted = asks_full_precision(layer), self.stage.full_precision_matmul
             asked[max(own, key=len)].add(said if wanted is None else wanted)
@@ -167,12 +167,16 @@ class Migration:
     def _lacks_header(self, planned: Sequence[LayerPlan]) -> bool:
         return any(plan.entry for plan in planned) and HEADER_KEY not in self.context.source.metadata
 
+    def _break(self, layer: Layer, reason: str) -> None:
+        self.broken.setdefault(reason, []).append(layer.name)
+
     def _refuse(self) -> None:
         reasons = [f"{listed(names, _NAMED)}: {reason}" for reason, names in self.broken.items()]
+        count = sum(len(names) for names in self.broken.values())
         raise PlanError(
-            f"{self.context.source.place}: {sum(map(len, self.broken.values()))} layers cannot be stored in the form "
-            f"{self.stage.to}: {listed(reasons, _NAMED, '; ')}. Ways out: quantloom dequantize makes plain weights of "
-            "what it can decode; quantloom convert quantizes those anew"
+            f"{self.context.source.place}: {count} layers cannot be stored in the form {self.stage.to}: "
+            f"{listed(reasons, _NAMED, '; ')}. Ways out: quantloom dequantize makes plain weights of what it can "
+            "decode; quantloom convert quantizes those anew"
         )
 
     def _announce(self, dropped: Sequence[str], planned: Sequence[LayerPlan]) -> None:
@@ -197,8 +201,10 @@ def _change(layer: Layer, form: Form, dialect: str) -> str:
     assert layer.encoding is not None
     name = LEGACY_MARKER if form.entry is None else form.entry["format"]
     stays = layer.encoding.dialect == dialect and (dialect == LEGACY or regular(layer))
-    added = len(form.constants) > (0 if form.entry is None else 1)
-    words = [f"{name} made regular" if stays else f"{layer.encoding.dialect} {words_of(layer)} to {name}"]
+    rest, added = without_constant_scale(form)
+    words = [f"{layer.encoding.dialect} {words_of(layer)} to {name}"]
+    if stays:
+        words = [f"{name} made regular"] if rest.differs(layer) else []
     return ", ".join([*words, *(["activation scale added"] if added else [])])
 
 

@@ -397,6 +397,7 @@ def test_an_edit_that_changes_nothing_says_so_and_copies(quantized: Path, tmp_pa
     report = edit(source, tmp_path / "out.safetensors", add={"per_row": True})
     assert report.changed == {}
     assert any("nothing changes" in note for note in report.notes)
+    assert "no layer changed" in report.summary()
     assert raw(tmp_path / "out.safetensors") == raw(source)
     assert read_header(tmp_path / "out.safetensors").metadata == read_header(source).metadata
 

@@ -21,7 +21,9 @@ from quantloom.flow import budget
 from quantloom.flow.budget import CPU_CHUNK_BYTES, Budget, cores, free_memory, make_budget
 from quantloom.flow.plan import Plan
 from quantloom.flow.recipe import Run
+from quantloom.formats import comfy
 from quantloom.formats.errors import PlanError
+from quantloom.formats.registry import make_format
 from quantloom.formats.safetensors import layout
 from quantloom.formats.tensors import TensorSpec
 
@@ -188,9 +190,13 @@ finally:
 
 def convert_within(room: dict[str, int], source: Path, output: Path, *options: str) -> dict[str, Any]:
     """Converts in a process that may grow by ``room`` bytes only, once its libraries are loaded."""
-    command = ["convert", str(source), str(output), "--workers", "1", "--quiet", *options]
-    done = child("-c", _LIMITED, json.dumps(room), *command, MALLOC_ARENA_MAX="1", OMP_NUM_THREADS="1",
-                 OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1")  # fmt: skip
+    return run_within(room, "convert", str(source), str(output), *options)
+
+
+def run_within(room: dict[str, int], *command: str) -> dict[str, Any]:
+    """Runs a command in a process that may grow by ``room`` bytes only, once its libraries are loaded."""
+    done = child("-c", _LIMITED, json.dumps(room), *command, "--workers", "1", "--quiet", MALLOC_ARENA_MAX="1",
+                 OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1")  # fmt: skip
     assert done.status == 0, done.err
     return json.loads(done.err.splitlines()[-1])  # type: ignore[no-any-return]
 
@@ -212,6 +218,43 @@ def test_a_tensor_larger_than_the_budget(tmp_path: Path) -> None:
     assert (tmp_path / "out.safetensors").stat().st_size > size / 2
     source.unlink()
     (tmp_path / "out.safetensors").unlink()
+
+
+STORED = {
+    "dequantize": ("fp8", "--dtype", "f16"), "migrate": ("fp8", "--to", "legacy"),
+    "edit": ("fp8", "--add", "full_precision_matrix_mult=true"),
+    "calibrate-activations": ("fp8", "--input-scales", "scales.json"),
+    "hybrid": ("mxfp8",), "hybrid of mode legacy": ("mxfp8", "--mode", "legacy"),
+}  # fmt: skip
+
+
+@needs_linux
+@pytest.mark.parametrize("name", STORED)
+def test_a_quantized_tensor_larger_than_the_budget(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Codes of 134 MB; the process may grow by 64 MB."""
+    monkeypatch.chdir(tmp_path)
+    kind, *options = STORED[name]
+    write_zeros(tmp_path / "in.safetensors", kind)
+    (tmp_path / "scales.json").write_text('{"wide": 0.5}')
+    room = {"RLIMIT_AS": 128 * MB, "RLIMIT_DATA": 64 * MB}
+    found = run_within(room, name.split()[0], "in.safetensors", "out.safetensors", *options)
+    assert found["after"]["VmHWM"] - found["before"]["VmRSS"] < 96 * MB
+    assert (tmp_path / "out.safetensors").stat().st_size > 134 * MB
+    for path in tmp_path.glob("*.safetensors"):
+        path.unlink()
+
+
+def write_zeros(path: Path, kind: str) -> None:
+    """One quantized layer of zeros, whose codes take no disk."""
+    storage = comfy.storage("wide", (8192, 16384), make_format(kind), comfy.LayerOptions())
+    marker, content = storage.constants[0]
+    specs = [storage.codes, storage.scales, marker]
+    head, starts, size = layout(specs, {})
+    with path.open("wb") as file:
+        file.write(head)
+        file.truncate(size)
+        file.seek(starts[2])
+        file.write(content)
 
 
 @pytest.fixture(scope="module")

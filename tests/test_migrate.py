@@ -234,7 +234,7 @@ def test_a_legacy_marker_stands_below_the_prefix_of_the_model(tmp_path: Path) ->
     migrate(tmp_path / "old.safetensors", tmp_path / "back.safetensors")
     assert equal(load_file(tmp_path / "back.safetensors"), tensors)
     outside = legacy(fp8(16, 16), scales(), "text.q")
-    with pytest.raises(PlanError, match=r"text\.q: lies outside of 'model\.diffusion_model\.'"):
+    with pytest.raises(PlanError, match=r"model\.safetensors: .*text\.q: lies outside of 'model\.diffusion_model\.'"):
         migrate(save(tmp_path / "both", tensors | outside), tmp_path / "no.safetensors", "legacy")
 
 
@@ -322,7 +322,9 @@ def test_missing_activation_scales_are_added_and_others_kept(to: str, tmp_path: 
     if to != "legacy":
         tensors |= legacy(int8(8, 8), scales(), "c")
     source = save(tmp_path / "in", tensors)
-    migrate(source, tmp_path / "out.safetensors", to, input_scale=0.25)
+    report = migrate(source, tmp_path / "out.safetensors", to, input_scale=0.25)
+    if to != "comfy":
+        assert report.changed == {"activation scale added": 1}
     made = load_file(tmp_path / "out.safetensors")
     part = "input_scale" if to == "comfy" else "scale_input"
     assert {name: float(tensor) for name, tensor in made.items() if name.endswith(part)} == {
@@ -507,7 +509,8 @@ def test_the_command(cli: Cli, tmp_path: Path) -> None:
     output = tmp_path / "out.safetensors"
     shown = cli("migrate", source, output, "--clean", "--dry-run")
     assert shown.status == 0
-    assert "legacy fp8 tensor to float8_e4m3fn" in shown.out
+    row = next(line for line in shown.out.splitlines() if line.startswith(LAYER))
+    assert row.split()[1:7] == ["8x8", "legacy", "fp8", "tensor", "to", "float8_e4m3fn"]
     assert not output.exists()
     done = cli("migrate", source, output, "--clean", "--input-scale", "1.0", "--json")
     assert done.status == 0
@@ -516,7 +519,7 @@ def test_the_command(cli: Cli, tmp_path: Path) -> None:
     assert "sound; 1 quantized layer, 1 tensor kept as they were" in checked.out
     again = cli("migrate", output, tmp_path / "again.safetensors", "--to", "same")
     assert (again.status, again.err.count("\n")) == (1, 1)
-    assert "nothing to migrate" in again.err
+    assert f"{output}: nothing to migrate" in again.err
 
 
 def ctq(*arguments: object) -> int:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import copy
 import json
 import pickle
 import xml.etree.ElementTree as ET
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,23 @@ def test_repr_shows_what_was_said_and_no_more() -> None:
     flow = pipeline.write("out/", compute=False)
     assert repr(flow) == f"Flow({wanted}.quantize(format='int8', rotate='hadamard:256') -> 'out/')"
     assert repr(Pipeline().read(["a", "b"])) == "Pipeline().read(['a', 'b'])"
+
+
+def test_editors_know_every_verb_and_its_options() -> None:
+    """Verbs are found at run time; what type checkers and editors see is written by hand in the class."""
+    from quantloom.flow import pipeline
+    from quantloom.stages.stage import VERBS, stage_class
+
+    tree = ast.parse(Path(pipeline.__file__).read_text(encoding="utf-8"))
+    blocks = (node for node in ast.walk(tree) if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+    stubs = {node.name: node.args for block in blocks for node in block.body if isinstance(node, ast.FunctionDef)}
+    assert set(stubs) == set(VERBS)
+    for verb, arguments in stubs.items():
+        options = [item.name for item in fields(stage_class(verb))]
+        shown = [each.arg for each in (*arguments.args[1:], *arguments.kwonlyargs)]
+        assert shown == [name for name in options if name in shown], verb
+        assert arguments.kwarg is not None or set(shown) == set(options), verb
+        assert [each.arg for each in arguments.args[1:]] in ([], options[:1]), verb
 
 
 def test_dir_lists_the_verbs() -> None:
