@@ -169,6 +169,9 @@ def build_recipe(source: tuple[str, ...], destination: str, options: dict[str, A
     elif quantize.get("scaling", before.get("scaling")) != before.get("scaling"):
         before = {name: value for name, value in before.items() if name not in _OF_ONE_SCALING}
     stages["quantize"] = {**before, **quantize}
+    if alone := [stage.verb for stage in base.stages if getattr(stage, "alone", False)]:
+        words = "which has a command of its own: see quantloom --help"
+        raise click.UsageError(f"--recipe holds the stage {alone[0]}, {words}")
     if "format" not in stages["quantize"]:
         raise click.UsageError(f"--format is missing; known: {', '.join(FORMATS)}")
     stages["target"] = {**stages.get("target", {}), **_given(options, {name: name for name in _TARGET})}

@@ -9,11 +9,12 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..formats.errors import UsageError, did_you_mean, shown
+from ..formats.errors import CheckpointError, UsageError, did_you_mean, shown
+from ..formats.safetensors import parse_json
 from ..stages.stage import VERBS, Stage, check_types, make_stage
 from .sizes import parse_size
 
@@ -132,6 +133,9 @@ class Recipe:
         built = [make_stage(item["stage"], {k: v for k, v in item.items() if k != "stage"}) for item in stages]
         output = None if values.get("output") is None else _build(Output, values["output"])
         recipe = cls(tuple(source), (), output, _build(Run, {} if values.get("run") is None else values["run"]))
+        verbs = [stage.verb for stage in built]
+        if twice := [verb for verb in verbs if verbs.count(verb) > 1]:
+            raise UsageError(f"recipe: the stage {twice[0]} is there twice; keep one of both")
         for stage in built:
             recipe = recipe.with_stage(stage)
         return recipe
@@ -140,8 +144,8 @@ class Recipe:
     def from_json(cls, text: str) -> Recipe:
         """Raises UsageError for text that is no recipe."""
         try:
-            values = json.loads(text)
-        except (ValueError, RecursionError) as error:
+            values = parse_json(text.encode(), "recipe")
+        except (ValueError, CheckpointError) as error:
             raise UsageError(f"recipe is not JSON: {error}") from error
         if not isinstance(values, dict):
             raise UsageError("recipe must be a JSON object")
@@ -189,7 +193,10 @@ def _build(cls: type[T], values: Any) -> T:
         if not isinstance(values.get(name), str | int | float | None):
             raise UsageError(f"{name} {shown(values[name])} is no size; write for example 8GB or 500MiB")
     values = {name: parse_size(value, name) if name in _SIZES else value for name, value in values.items()}
-    try:
-        return cls(**values)
-    except TypeError as error:
-        raise UsageError(f"recipe: {cls.__name__.lower()}: {error}") from error
+    if lacking := [item.name for item in fields(cls) if item.name not in values and not _has_default(item)]:
+        raise UsageError(f"recipe: {cls.__name__.lower()} needs {lacking[0]}")
+    return cls(**values)
+
+
+def _has_default(item: Field[Any]) -> bool:
+    return item.default is not MISSING or item.default_factory is not MISSING

@@ -49,7 +49,8 @@ class Migrate:
         if self.cast_filter is not None and self.cast is None:
             raise UsageError("migrate: a cast filter needs a dtype to cast to")
         if self.input_scale is not None and not is_scale(self.input_scale):
-            raise UsageError(f"migrate: input scale {self.input_scale} must be a positive number that float32 holds")
+            given = shown(self.input_scale)
+            raise UsageError(f"migrate: input scale {given} must be a positive number that float32 holds")
         for pattern in (self.cast_filter, self.high_precision):
             if pattern is not None:
                 compile_pattern(pattern, "migrate")

@@ -695,6 +695,13 @@ def test_patterns_add_up(checkpoint: Path, cli: Cli) -> None:
     }
 
 
+def test_a_recipe_of_another_command(cli: Cli, checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "recipe.json").write_text(Pipeline().hybrid().recipe.to_json())
+    done = cli("convert", checkpoint, tmp_path / "o", "--recipe", tmp_path / "recipe.json", "--format", "fp8")
+    assert done.status == 2
+    assert "holds the stage hybrid, which has a command of its own" in done.err
+
+
 def test_switches_of_a_recipe_can_be_turned_off(tmp_path: Path) -> None:
     recipe = Pipeline().target(heuristics=True).quantize("fp8", full_precision_matmul=True)
     written = recipe.write("old", overwrite=True, compute=False).recipe

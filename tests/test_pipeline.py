@@ -216,6 +216,22 @@ def test_a_damaged_recipe_is_wrong_usage(data: st.DataObject) -> None:
         Recipe.from_json(json.dumps(values))
 
 
+@pytest.mark.parametrize(("stages", "words"), [
+    ('[{"stage": "edit", "add": {"a": 1}}, {"stage": "edit", "add": {"b": 1}}]', "the stage edit is there twice"),
+    ('[{"stage": "edit", "add": {"a": 1}, "add": {"b": 1}}]', "duplicate key 'add'"),
+    ('[{"stage": "migrate", "input_scale": 1e999}]', "too large a number"),
+])  # fmt: skip
+def test_a_recipe_that_says_two_things(stages: str, words: str) -> None:
+    """The later one would win in silence."""
+    with pytest.raises(UsageError, match=words):
+        Recipe.from_json(f'{{"quantloom_recipe": 1, "source": ["m"], "stages": {stages}}}')
+
+
+def test_an_output_without_a_path() -> None:
+    with pytest.raises(UsageError, match="recipe: output needs path"):
+        Recipe.from_dict({"quantloom_recipe": 1, "output": {}})
+
+
 @pytest.mark.parametrize("stage", [[], None, 5, {}])
 def test_a_stage_without_a_name(stage: object) -> None:
     with pytest.raises(UsageError, match="unknown stage"):
