@@ -95,12 +95,21 @@ def make_command() -> click.Command:
     ]  # fmt: skip
     params.append(_version())
     settings = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
-    return _Command("convert_to_quant", context_settings=settings, callback=_callback, params=params, help=_HELP)
+    return _Command(
+        "convert_to_quant", context_settings=settings, callback=_callback, params=params, help=_HELP, epilog=_EPILOG
+    )
 
 
 _HELP = """Quantize a checkpoint for ComfyUI: FP8 by default.
 
 Understands the flags of convert_to_quant, in dashes or underscores; `quantloom convert` is the same in fewer words."""
+
+_EPILOG = """\b
+Examples:
+  convert_to_quant -i flux.safetensors --nvfp4 --flux2
+  convert_to_quant -i model.safetensors -o out.safetensors --int8 --scaling_mode row --convrot
+  convert_to_quant -i t5xxl.safetensors --t5xxl --simple --dry-run
+"""
 
 
 def _version() -> click.Option:
