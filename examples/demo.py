@@ -5,6 +5,8 @@ Run with ``make demo``. The results stay in ``demo-output/``.
 
 from __future__ import annotations
 
+import os
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -56,6 +58,11 @@ def show(console: Console, results: dict[str, tuple[Report, Verification]]) -> N
             f"read back and {verdict}: {report.output}",
             soft_wrap=True,
         )
+    report, _ = results[forms[0]]
+    kept = "; ".join(f"{reason}: {number}" for reason, number in report.kept.items())
+    command = os.path.relpath(Path(sys.executable).with_name("quantloom"))
+    console.print(f"other tensors stayed as they were: {kept}", soft_wrap=True)
+    console.print(f"look at it: {command} inspect {report.output}", soft_wrap=True)
 
 
 def main() -> int:

@@ -22,11 +22,12 @@ from ..formats.safetensors import layout
 from ..formats.shards import SUFFIX, Shard, is_single_file, lay_out
 from ..formats.source import Source
 from ..formats.tensors import Slot
-from ..stages.extract import AdapterGain
 from ..stages.lora import Lora
+from ..stages.quality import AdapterGain
 from ..stages.stage import Context
 from ..stages.work import LayerPlan
-from .recipe import Output, Recipe
+from .recipe import Output
+from .settled import Settled
 from .sizes import count, show_size
 
 ENTRY = "quantloom_adapter"
@@ -89,19 +90,25 @@ class AdapterFile:
         return f"{self.path}  ({show_size(self.nbytes)}, dialect {self.dialect}, {self.about['method']}: {self.words})"
 
 
-def equipped(recipe: Recipe, lora: Lora, layers: list[LayerPlan], context: Context) -> list[LayerPlan]:
-    """The layers with the steps that make their adapters; ranks may have to be found first."""
+def equipped(lora: Lora, layers: list[LayerPlan], settled: Settled, context: Context) -> list[LayerPlan]:
+    """The layers with the steps that make their adapters; candidates as they are while ranks are not surveyed."""
     if lora.surveyed:
-        from .survey import decide_ranks
-
-        layers, notes = decide_ranks(recipe, lora, layers)
-        context.notes.extend(notes)
+        if settled.ranks is None:
+            return layers
+        layers = [_ranked(plan, settled.ranks) for plan in layers]
+        context.notes.extend(settled.notes)
     layers = lora.equip(layers)
     if not any(layer.adapter for layer in layers):
         if context.base is not None:
             raise PlanError("lora: nothing to write: an adapter would bring too little on every layer; name a rank")
         context.warnings.append("lora: no adapter is written: it would bring too little on every layer")
     return layers
+
+
+def _ranked(plan: LayerPlan, ranks: Mapping[str, int]) -> LayerPlan:
+    if plan.adapter is None:
+        return plan
+    return replace(plan, adapter=replace(plan.adapter, rank=ranks.get(plan.layer.name, 0)))
 
 
 def adapter_of(layer: LayerPlan) -> dict[str, Any]:
@@ -124,7 +131,7 @@ def lay_out_adapter(
     PlanError for a path that cannot be one of the dialect.
     """
     ranks = {plan.layer.name: plan.adapter.rank for plan in layers if plan.adapter is not None}
-    if not ranks:
+    if not any(ranks.values()):
         return list(layers), None
     file = adapter_file(lora.dialect, path)
     config = adapter_config(lora.dialect, ranks)

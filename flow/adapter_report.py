@@ -11,7 +11,7 @@ from .quality import Column, geometric
 from .sizes import count
 
 if TYPE_CHECKING:
-    from ..stages.extract import AdapterGain
+    from ..stages.quality import AdapterGain
     from .adapter import AdapterFile
 
 LITTLE = 0.03

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,7 +70,7 @@ def calibrate(model_dir: str | None, quiet: bool, verbose: int, as_json: bool, *
         if as_json:
             console.print_json(made)
         elif not quiet:
-            console.stdout().print(_words(made), soft_wrap=True, markup=False)
+            console.stdout().print(_words(made, model_dir), soft_wrap=True, markup=False)
         return 0
 
     return console.guarded(action, STOPPED)
@@ -105,11 +106,13 @@ def _calibrated(model_dir: str | None, options: dict[str, Any], silent: bool) ->
     return made.to_dict()
 
 
-def _words(made: dict[str, Any]) -> str:
-    """The report in lines."""
+def _words(made: dict[str, Any], model_dir: str | None) -> str:
+    """The report in lines, and what to do next."""
     diagonal = f", of {made['diagonal']} the diagonal only" if made["diagonal"] else ""
     tokens = f"{made['tokens']} tokens" if made["tokens"] > 1 else "weights of norms"
     notes = [f"note: {note}" for note in made.get("notes", [])]
     seconds = f" in {made['seconds']:.1f} s" if "seconds" in made else ""
     first = f"{Path(made['path']).name}: {made['layers']} layers with {made['inputs']} inputs{diagonal}, {tokens}"
-    return "\n".join([*notes, first + seconds, *(f"  {run}" for run in made["runs"])])
+    rounded = ["--format", "nvfp4", "--rounding", "calibrated", "--statistics", made["path"]]
+    following = shlex.join(["quantloom", "convert", model_dir or "MODEL", "OUTPUT", *rounded])
+    return "\n".join([*notes, first + seconds, *(f"  {run}" for run in made["runs"]), f"use it: {following}"])

@@ -20,6 +20,7 @@ from .dequantize_cli import dequantize
 from .edit_cli import edit
 from .entry import run_command
 from .extract_cli import extract_lora
+from .help import CommandsByHeading, OptionsByHeading
 from .hybrid_cli import hybrid
 from .migrate_cli import migrate
 from .options import ADAPTING, DIALECT, JSON, RECIPE, TALKING, TARGETING, WRITING, add_options, build_recipe
@@ -29,41 +30,51 @@ _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
 _EPILOG = """\b
 Examples:
+  quantloom plan    flux-dev/ --format mxfp8
+  quantloom convert flux-dev/ flux-dev-mxfp8.safetensors --format mxfp8
+  quantloom verify  flux-dev-mxfp8.safetensors --against flux-dev/
+  quantloom inspect flux-dev-mxfp8.safetensors
+
+`quantloom COMMAND --help` has the options of each, and more examples.
+"""
+
+_CONVERT_EPILOG = """\b
+Examples:
   quantloom convert flux-dev/ flux-dev-mxfp8.safetensors --format mxfp8
   quantloom convert model.safetensors out/ --format fp8 --scaling row --exclude 'final_layer'
   quantloom convert model.safetensors out.safetensors --format int8 --rotate hadamard:256
   quantloom convert llama/ out/ --format nvfp4 --rounding calibrated --statistics stats.zarr
   quantloom convert flux-dev/ out.safetensors --format nvfp4 --lora-rank 32 --lora-target attn
+"""
+
+_PLAN_EPILOG = """\b
+Examples:
   quantloom plan flux-dev/ --format nvfp4
+  quantloom plan flux-dev/ out.safetensors --format fp8 --exclude 'final_layer' --verbose
+  quantloom plan flux-dev/ out/ --format nvfp4 --lora-rank auto --lora-budget 2% --json
+"""
+
+_INSPECT_EPILOG = """\b
+Examples:
+  quantloom inspect flux-dev-mxfp8.safetensors
+  quantloom inspect flux-dev/ --layers
+"""
+
+_VERIFY_EPILOG = """\b
+Examples:
+  quantloom verify flux-dev-mxfp8.safetensors --against flux-dev/
+  quantloom verify llama-nvfp4/ --against llama/ --statistics stats.zarr
+  quantloom verify llama-nvfp4/ --against llama/ --adapter llama-adapter/
 """
 
 
-_SECTIONS = {
-    "Quantize": ("convert", "plan", "verify", "inspect"),
-    "Measure and correct": ("calibrate", "calibrate-activations", "extract-lora"),
-    "Change what is quantized": ("dequantize", "edit", "hybrid", "migrate"),
-    "Look up": ("formats", "roundings"),
-}
-"""Every command, under the heading that ``--help`` shows it."""
-
-
-class _Sections(click.Group):
-    """Shows commands under headings."""
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        for heading, names in _SECTIONS.items():
-            with formatter.section(heading):
-                shown = [(name, command) for name in names if (command := self.get_command(ctx, name))]
-                formatter.write_dl([(name.ljust(21), command.get_short_help_str(60)) for name, command in shown])
-
-
-@click.group(cls=_Sections, context_settings=_CONTEXT, epilog=_EPILOG)
+@click.group(cls=CommandsByHeading, context_settings=_CONTEXT, epilog=_EPILOG)
 @click.version_option(__version__, prog_name="quantloom")
 def cli() -> None:
     """Turn model checkpoints into quantized ones, in bounded memory, whatever their size."""
 
 
-@cli.command(epilog=_EPILOG, short_help="Quantize a checkpoint into a file or folder.")
+@cli.command(cls=OptionsByHeading, epilog=_CONVERT_EPILOG, short_help="Quantize a checkpoint into a file or folder.")
 @click.argument("source")
 @click.argument("destination")
 @add_options(TARGETING, ADAPTING, [DIALECT], WRITING, [RECIPE], TALKING)
@@ -75,7 +86,7 @@ def convert(source: str, destination: str, **options: Any) -> int:
     return run_recipe(lambda: build_recipe((source,), destination, options), options)
 
 
-@cli.command(epilog=_EPILOG, short_help="Show what convert would do, from headers alone.")
+@cli.command(cls=OptionsByHeading, epilog=_PLAN_EPILOG, short_help="Show what convert would do, from headers alone.")
 @click.argument("source")
 @click.argument("destination", required=False)
 @add_options(TARGETING, ADAPTING, [DIALECT], WRITING, [RECIPE], TALKING)
@@ -107,7 +118,7 @@ for command in (extract_lora, calibrate, calibrate_activations, dequantize, edit
     cli.add_command(command)
 
 
-@cli.command(short_help="Show what a checkpoint holds.")
+@cli.command(epilog=_INSPECT_EPILOG, short_help="Show what a checkpoint holds.")
 @click.argument("path")
 @click.option("--layers", "every_layer", is_flag=True, help="List every layer.")
 @JSON
@@ -127,7 +138,7 @@ def inspect(path: str, every_layer: bool, as_json: bool) -> int:
     return console.guarded(action)
 
 
-@cli.command(short_help="Compare a converted checkpoint with its source.")
+@cli.command(epilog=_VERIFY_EPILOG, short_help="Compare a converted checkpoint with its source.")
 @click.argument("output")
 @click.option("--against", required=True, multiple=True, metavar="SOURCE",
               help="The checkpoint that OUTPUT was made from; once for each file of a list.")

@@ -40,7 +40,7 @@ class _StderrHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.levelno >= logging.ERROR or record.name.partition(".")[0] not in self.noisy:
-            sys.stderr.write(f"{record.levelname} {record.name}: {record.getMessage()}\n")
+            sys.stderr.write(f"{record.levelname} {record.name}: {printable(record.getMessage())}\n")
 
 
 def setup_logging(verbosity: int) -> None:
@@ -232,8 +232,8 @@ def print_roundings(roundings: Iterable[Rounding]) -> None:
     for rounding in roundings:
         console.print(f"[bold]{rounding.name}[/]  {_escape(rounding.help)}", soft_wrap=True)
         for option in rounding.options:
-            default = "default: chosen for you" if option.default is None else f"default {option.default}"
-            console.print(f"    {option.name}  {_escape(option.help)} ({default})", soft_wrap=True)
+            default = "" if option.default is None else f" (default {option.default})"
+            console.print(f"    {option.name}  {_escape(option.help)}{default}", soft_wrap=True)
 
 
 def print_formats(formats: Iterable[FormatInfo]) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..formats.errors import CheckpointError, UsageError
+from .sizes import count
 from .token_batches import Amount
 
 if TYPE_CHECKING:
@@ -159,10 +160,18 @@ def load_diffusion_model(folder: Path, class_name: str, device: str) -> nn.Modul
     voice.disable_progress_bar()
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     try:
-        model: nn.Module = cls.from_pretrained(str(folder), local_files_only=True, torch_dtype=dtype)
+        model: nn.Module
+        model, loaded = cls.from_pretrained(
+            str(folder), local_files_only=True, torch_dtype=dtype, output_loading_info=True
+        )
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         first = (str(error) or type(error).__name__).strip().splitlines()[0]
         raise CheckpointError(f"{folder}: diffusers cannot load it: {first}") from error
+    if missing := sorted(loaded.get("missing_keys") or ()):  # diffusers leaves them without memory
+        raise CheckpointError(
+            f"{folder}: lacks {count(len(missing), 'tensor')} of {class_name}, {missing[0]} first: give the model's "
+            "folder in the form of diffusers, such as transformer/ of its repository; ComfyUI's names are others"
+        )
     return model.to(device)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..formats.comfy import HEADER_KEY, MARKER
-from ..formats.errors import PlanError, SinkError
+from ..formats.errors import PlanError, SinkError, printable
 from ..formats.fileio import Reader, Writer, create_sparse, free_bytes, sync_file
 from ..formats.journal import ENDING, Change, Patch, UnfinishedEdit, carry_out, finish, new_name
 from ..formats.layers import PACKED, WEIGHT, group_layers
@@ -73,7 +73,7 @@ class EditReport:
         lines += [file.words(self.dry_run) for file in self.files]
         lines += [f"{count(number, 'layer')}: {what}" for what, number in self.changed.items()]
         lines += [f"note     {note}" for note in self.notes] + [f"warning  {text}" for text in self.warnings]
-        return "\n".join(lines)
+        return "\n".join(map(printable, lines))
 
 
 def edit_in_place(model: str, stage: Edit | None, dry_run: bool = False) -> EditReport:

@@ -10,8 +10,7 @@ from .adapter_report import gain_dict
 from .quality import quality_dict
 
 if TYPE_CHECKING:
-    from ..stages.extract import AdapterGain
-    from ..stages.quality import Quality
+    from ..stages.quality import AdapterGain, Quality
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """``nonfinite="keep"``: which layers hold NaN or Inf must be known before the output is laid out.
 
-Here (and in ``survey``) weights are read before the plan is complete: every layer that is to be quantized is scanned
+Here (and in ``survey``) weights are read before the plan is final: every layer that is to be quantized is scanned
 once.
 """
 
@@ -21,7 +21,7 @@ def settle_nonfinite(plan: Plan) -> Plan:
     if not any(isinstance(stage, Quantize) and stage.nonfinite == "keep" for stage in plan.recipe.stages):
         return plan
     reasons = nonfinite_layers(plan.quantized)
-    return make_plan(plan.recipe, reasons) if reasons else plan
+    return make_plan(plan.recipe, replace(plan.settled, kept=reasons)) if reasons else plan
 
 
 def nonfinite_layers(layers: Sequence[LayerPlan]) -> dict[str, str]:

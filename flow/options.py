@@ -23,7 +23,8 @@ STATISTICS = click.option(
 )  # fmt: skip
 
 TARGETING: Options = [
-    click.option("--format", "format_", metavar="FORMAT", help=f"One of {', '.join(FORMATS)}."),
+    click.option("--format", "format_", metavar="FORMAT",
+                 help=f"One of {', '.join(FORMATS)}. Needed, unless --recipe has it."),
     click.option("--scaling", metavar="SCALING",
                  help="Where one scale holds: tensor, row or block. Default: the format's own."),
     click.option("--block-size", type=int, metavar="N",

@@ -186,10 +186,12 @@ class Flow:
 
     @cached_property
     def plan(self) -> Plan:
-        """Everything that would happen, from headers alone; raises what ``make_plan`` raises."""
+        """Everything that would happen, from headers alone, but for ranks that must be surveyed; raises what
+        ``make_plan`` raises."""
         from .plan import make_plan
+        from .survey import settle_ranks
 
-        return make_plan(self.recipe)
+        return settle_ranks(make_plan(self.recipe))
 
     def visualize(self, path: str | os.PathLike[str]) -> Path:
         """Draws the stage graph: equal chains once, with their number, into an .svg; every node into a .dot."""

@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any
 
 from .. import __version__
-from ..formats.errors import CheckpointError, PlanError, UsageError
+from ..formats.errors import CheckpointError, PlanError, UsageError, printable
 from ..formats.layers import Layer, group_layers
 from ..formats.shards import Shard
 from ..formats.source import Source, open_source
@@ -27,6 +27,7 @@ from .budget import Budget
 from .estimate import estimate_seconds
 from .model_files import lay_out_model
 from .recipe import Output, Recipe
+from .settled import NOTHING, Settled
 from .sizes import count, show_seconds, show_size
 from .together import put_together
 
@@ -50,6 +51,8 @@ class Plan:
     """... or alone, for this model, which is quantized already: then there are no shards."""
     verbatim: bool = False
     """Whether configuration files are copied as they are: a stage only edited."""
+    settled: Settled = NOTHING
+    """What had been found out about weights."""
 
     @property
     def output(self) -> Output:
@@ -139,7 +142,7 @@ class Plan:
         seconds = estimate_seconds(self.layers, self.recipe.run, workers)
         lines.append(f"estimate {show_seconds(seconds) if seconds >= 1 else 'under a second'}")
         lines += [f"note     {note}" for note in self.notes] + [f"warning  {text}" for text in self.warnings]
-        return "\n".join(lines)
+        return "\n".join(map(printable, lines))
 
     def __repr__(self) -> str:
         sizes = f"{show_size(self.nbytes_in)} -> {show_size(self.nbytes_out)}"
@@ -153,23 +156,21 @@ class Plan:
         return f"<pre>{html.escape(self.explain())}</pre>"
 
 
-def make_plan(recipe: Recipe, keep_reasons: Mapping[str, str] | None = None) -> Plan:
-    """Plans a conversion from headers alone, but for adapters whose ranks must be surveyed.
-
-    Layers named in ``keep_reasons`` are kept, whatever the stages say.
+def make_plan(recipe: Recipe, settled: Settled = NOTHING) -> Plan:
+    """Plans a conversion from headers alone, and from what is ``settled``.
 
     Raises UsageError for a recipe that cannot mean anything, CheckpointError for a broken source, PlanError for a
     conversion that cannot be done.
     """
     source, layers, context = plan_layers(recipe)
     assert recipe.output is not None
-    forced = keep_reasons or {}
+    forced = settled.kept
     layers = [keep(plan.layer, forced[plan.layer.name]) if plan.layer.name in forced else plan for plan in layers]
     if forced and not any(layer.format for layer in layers):
         raise PlanError(f"nothing is left to quantize: all {len(forced)} layers hold NaN or Inf")
     lora = next((stage for stage in recipe.stages if isinstance(stage, Lora)), None)
     if lora is not None:
-        layers = equipped(recipe, lora, layers, context)
+        layers = equipped(lora, layers, settled, context)
     digest = _digest(recipe, source, forced)
     shards: list[Shard] = []
     if context.base is None:
@@ -185,7 +186,7 @@ def make_plan(recipe: Recipe, keep_reasons: Mapping[str, str] | None = None) -> 
         refuse_place(adapter, [source, *([context.base] if context.base else [])], recipe.output, shards)
     said = tuple(context.notes), tuple(context.warnings)
     verbatim = context.metadata is not None
-    return Plan(recipe, source, tuple(layers), tuple(shards), digest, *said, adapter, context.base, verbatim)
+    return Plan(recipe, source, tuple(layers), tuple(shards), digest, *said, adapter, context.base, verbatim, settled)
 
 
 def plan_layers(recipe: Recipe) -> tuple[Source, list[LayerPlan], Context]:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..formats.errors import printable
 from .sizes import count, show_size
 from .tables import short_size
 
@@ -46,9 +47,9 @@ class Display:
         self.total_tasks = sum(max(1, len(layer.parts)) for layer in plan.layers)
         self.began = self.said = time.perf_counter()
         for text in plan.warnings:
-            self.console.print(Text("warning:", "yellow") + Text(f" {text}", "default"))
+            self.console.print(Text("warning:", "yellow") + Text(f" {printable(text)}", "default"))
         for text in plan.notes:
-            self.console.print(Text(f"note: {text}"))
+            self.console.print(Text(f"note: {printable(text)}"))
         if self.console.is_terminal:
             self._start_bars()
         else:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from ..formats.errors import printable
 from ..formats.shards import index_file, is_single_file
 from ..stages.work import Receipt
 from .adapter import AdapterFile
@@ -164,7 +165,7 @@ class Report:
             lines += adapter_lines(self.adapter, {layer.name: layer.gain for layer in self.layers if layer.gain})
         lines += [f"warning: {text}" for text in self.found]
         lines.append(f"check it: {self.verify_command}")
-        return "\n".join(lines)
+        return "\n".join(map(printable, lines))
 
     def __str__(self) -> str:
         return self.summary()

@@ -47,9 +47,9 @@ def run_stage(verb: str, values: dict[str, Any], source: str, destination: str, 
 def show_plan(recipe: Recipe, options: Options, named: bool = True) -> None:
     """Prints the plan. ``named``: the user named the output, so that what forbids it is worth a warning."""
     from .budget import make_budget
-    from .plan import make_plan
+    from .pipeline import Flow
 
-    made = make_plan(recipe)
+    made = Flow(recipe).plan
     budget = make_budget(made.layers, recipe.run, "")
     if named:
         made = _with_refusal(made)

@@ -1,6 +1,6 @@
 """Ranks that depend on the errors: automatic ones, and those that a budget allows.
 
-Here (and in ``nonfinite``) weights are read before the plan is complete: every candidate layer is quantized once,
+Here (and in ``nonfinite``) weights are read before the plan is final: every candidate layer is quantized once,
 nothing is written, and the singular values of what it lost decide. Equal sources and options give equal ranks.
 """
 
@@ -14,11 +14,14 @@ from dataclasses import dataclass, replace
 from ..formats.errors import PlanError
 from ..formats.tensors import DTYPE_BITS
 from ..stages.bias import CorrectBias, Project
-from ..stages.extract import MOST_SURVEYED, AdapterGain, Survey
+from ..stages.extract import MOST_SURVEYED, Survey
 from ..stages.lora import AUTO, Lora, extraction
+from ..stages.quality import AdapterGain
 from ..stages.quantize import Quantize
 from ..stages.work import LayerPlan
+from .execute import collect
 from .nonfinite import nonfinite_layers
+from .plan import Plan, make_plan
 from .recipe import Recipe
 from .sizes import count, parse_size, show_size
 from .together import put_together
@@ -50,32 +53,38 @@ class _Candidate:
         return rank * sum(self.shape) * DTYPE_BITS[dtype] // 8
 
 
-def decide_ranks(recipe: Recipe, lora: Lora, layers: Sequence[LayerPlan]) -> tuple[list[LayerPlan], list[str]]:
-    """The layers with a rank for each adapter, 0 for none, and what to tell the user."""
-    marked = [plan for plan in layers if plan.adapter is not None]
-    gains = _survey(recipe, lora, marked)
+def settle_ranks(plan: Plan) -> Plan:
+    """The plan, or one with a rank for each adapter where the recipe leaves that to the errors."""
+    lora = next((stage for stage in plan.recipe.stages if isinstance(stage, Lora)), None)
+    if lora is None or not lora.surveyed:
+        return plan
+    ranks, notes = decide_ranks(plan, lora)
+    return make_plan(plan.recipe, replace(plan.settled, ranks=ranks, notes=tuple(notes)))
+
+
+def decide_ranks(plan: Plan, lora: Lora) -> tuple[dict[str, int], list[str]]:
+    """Ranks by layer, 0 for none, and what to tell the user."""
+    marked = [layer for layer in plan.layers if layer.adapter is not None]
+    gains = _survey(plan.recipe, lora, marked)
     found = []
-    for plan in marked:
-        if (gain := gains.get(plan.layer.name)) is not None:
-            rows, columns = plan.layer.weight.shape
-            weighted = extraction(plan, 1).weighted
+    for layer in marked:
+        if (gain := gains.get(layer.layer.name)) is not None:
+            rows, columns = layer.layer.weight.shape
+            weighted = extraction(layer, 1).weighted
             error = gain.before.output if weighted and gain.before.output is not None else gain.before.weight
-            found.append(_Candidate(plan.layer.name, (rows, columns), gain.spectrum, error**2))
+            found.append(_Candidate(layer.layer.name, (rows, columns), gain.spectrum, error**2))
     notes = [f"ranks come from a survey: {count(len(marked), 'layer')} were read and quantized once, without writing"]
     if lora.budget is None:
         ranks = {each.name: automatic_rank(each.spectrum, each.shape) for each in found}
     else:
-        limit = _bytes(lora.budget, sum(plan.layer.nbytes for plan in layers))
+        limit = _bytes(lora.budget, plan.source.nbytes)
         ranks = spend(found, limit, lora)
         spent = sum(each.cost(ranks.get(each.name, 0), lora.dtype) for each in found)
         notes.append(f"adapters take {show_size(spent)} of a budget of {show_size(limit)}")
     if none := sum(rank == 0 for rank in ranks.values()):
         why = "it would bring too little there" if lora.budget is None else "the budget helps more elsewhere"
         notes.append(f"no adapter for {none} of {count(len(marked), 'layer')}: {why}")
-    return [
-        plan if plan.adapter is None
-        else replace(plan, adapter=replace(plan.adapter, rank=ranks.get(plan.layer.name, 0))) for plan in layers
-    ], notes  # fmt: skip
+    return ranks, notes
 
 
 def automatic_rank(spectrum: Sequence[float], shape: tuple[int, int]) -> int:
@@ -128,8 +137,6 @@ def _bytes(budget: int | str, source: int) -> int:
 
 def _survey(recipe: Recipe, lora: Lora, layers: Sequence[LayerPlan]) -> Mapping[str, AdapterGain]:
     """What adapters would bring, by layer; layers that will be kept for their NaN or Inf are left out."""
-    from .execute import collect
-
     if any(isinstance(stage, Quantize) and stage.nonfinite == "keep" for stage in recipe.stages):
         spoiled = nonfinite_layers(layers)
         layers = [plan for plan in layers if plan.layer.name not in spoiled]

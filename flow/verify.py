@@ -14,9 +14,8 @@ from ..formats.layers import Layer, describe, group_layers
 from ..formats.source import open_source
 from ..formats.tensors import TensorRef
 from ..stages.evidence import Evidence
-from ..stages.extract import AdapterGain
 from ..stages.origin import Origin
-from ..stages.quality import Quality
+from ..stages.quality import AdapterGain, Quality
 from ..stages.work import Environment
 from .adapter_report import gain_dict
 from .budget import CPU_CHUNK_BYTES

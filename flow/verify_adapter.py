@@ -18,8 +18,9 @@ from ..formats.source import Source, open_source
 from ..formats.tensors import FLOAT_DTYPES, TensorRef
 from ..stages.energies import Energies
 from ..stages.evidence import Evidence
-from ..stages.extract import AdapterGain, relative_errors
+from ..stages.extract import relative_errors
 from ..stages.origin import Origin
+from ..stages.quality import AdapterGain
 from ..stages.reading import read_whole
 from ..stages.work import Environment
 from .adapter import ENTRY
@@ -56,7 +57,7 @@ def read_adapter(path: str, made: Source, layers: Mapping[str, Layer]) -> dict[s
         base, dialect, told = str(entry["base"]), entry["dialect"], dict(entry["layers"])
         ranks = {name: int(value["rank"]) for name, value in told.items()}
         errors = {name: (_error(value["error"][0]), _error(value["error"][1])) for name, value in told.items()}
-    except (KeyError, ValueError, TypeError, IndexError, RecursionError) as error:
+    except (KeyError, ValueError, TypeError, IndexError, OverflowError, RecursionError) as error:
         raise CheckpointError(f"{path}: no adapter of quantloom: its header lacks a sound entry {ENTRY}") from error
     if dialect not in ADAPTER_DIALECTS:
         raise CheckpointError(f"{path}: its header names the unknown dialect {shown(dialect)}")
@@ -68,6 +69,9 @@ def read_adapter(path: str, made: Source, layers: Mapping[str, Layer]) -> dict[s
         )
     if lacking := [name for name in ranks if name not in layers]:
         raise PlanError(f"{path}: {made.files[0]} lacks layers of the adapter: {listed(lacking, 8)}")
+    if wrong := [f"{name} (rank {rank}, weight {list(layers[name].weight.shape)})" for name, rank in ranks.items()
+                 if rank < 1 or len(layers[name].weight.shape) != 2]:  # fmt: skip
+        raise CheckpointError(f"{path}: its header tells of adapters that cannot be: {listed(wrong, 8)}")
     prefix, found = model_prefix(made.refs), {}
     for name, rank in ranks.items():
         rows, columns = layers[name].weight.shape

@@ -125,7 +125,7 @@ def read_journal(journal: Path) -> list[Change]:
         return [_from_dict(item) for item in values["changes"]]
     except OSError as error:
         raise CheckpointError(f"{journal}: cannot be read: {error.strerror or error}") from error
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise CheckpointError(f"{journal}: is no journal of an edit in place that is known here: {error}") from error
 
 
@@ -223,7 +223,11 @@ def _from_dict(values: dict[str, Any]) -> Change:
         Patch(int(item["start"]), base64.b64decode(item["old"]), base64.b64decode(item["new"]))
         for item in values["patches"]
     )
-    name = str(values["name"])
-    if Path(name).name != name:
+    name, old_size, new_size = str(values["name"]), int(values["old_size"]), int(values["new_size"])
+    if not name or "\0" in name or Path(name).name != name:
         raise ValueError(f"{name!r} is no file name")
-    return Change(name, int(values["old_size"]), int(values["new_size"]), patches)
+    ends = [old_size, *(patch.start + len(patch.new) for patch in patches)]
+    grown = sum(len(patch.new) for patch in patches)
+    if patches and (min(patch.start for patch in patches) < 0 or not max(ends) == new_size <= old_size + grown):
+        raise ValueError(f"changes of {name!r} do not lead from {old_size} to {new_size} bytes")
+    return Change(name, old_size, new_size, patches)

@@ -59,9 +59,11 @@ def check_marker(stored: Stored, keys: list[str], encoding: Encoding | None) -> 
     if not isinstance(marker.get("params", {}), dict):
         raise Undecodable(f"params must be a JSON object, not {shown(marker['params'])}")
     entry = flat(marker)
-    for key in keys:
-        if key in entry and key in _CHECKS:
-            _CHECKS[key](entry[key], entry, stored)
+    checked = [key for key in keys if key in entry and key in _CHECKS]
+    if checked and len(stored.codes.shape) != 2:
+        raise Undecodable(f"{checked[0]} describes a matrix, stored is a weight of shape {list(stored.codes.shape)}")
+    for key in checked:
+        _CHECKS[key](entry[key], entry, stored)
     name = entry.get("format")
     if name is None and "format" in keys:
         raise Undecodable("every client needs the key format: without it the codes mean nothing")

@@ -20,6 +20,10 @@ from .tensors import TensorRef
 
 LEGACY = "scaled_fp8"
 _MAX_BYTES = 1 << 20
+_MAX_DEPTH = 64
+"""Deeper nesting would come near to what the json module can write."""
+
+_NESTS = (Mapping, list, tuple)
 
 Entry = Mapping[str, Any]
 
@@ -87,7 +91,7 @@ def marker_tensors(refs: Mapping[str, TensorRef]) -> dict[str, Entry]:
                     raise CheckpointError(f"{where} holds {held}; a marker is JSON in at most {_MAX_BYTES} bytes of U8")
                 content = bytearray(ref.nbytes)
                 reader.read_into(memoryview(content), ref.start)
-                found[key.removesuffix(MARKER)] = _object(parse_json(bytes(content), where), where)
+                found[key.removesuffix(MARKER)] = _described(bytes(content), where)
     return found
 
 
@@ -97,7 +101,7 @@ def read_header_entry(source: Source) -> HeaderEntry:
     if text is None:
         return HeaderEntry({}, {})
     where = f"{source.files[0]}: header entry {HEADER_KEY}"
-    document = _object(parse_json(text.encode(), where), where)
+    document = _described(text.encode(), where)
     layers = _object(document.get("layers"), f"{where}: 'layers'")
     prefixes = (model_prefix(source.refs), "", *PREFIXES)
 
@@ -107,6 +111,24 @@ def read_header_entry(source: Source) -> HeaderEntry:
     for name, entry in layers.items():
         _object(entry, f"{where}: {name!r}")
     return HeaderEntry(document, {name: full(name) for name in layers})
+
+
+def too_deep(value: object) -> str:
+    """Why a JSON value is nested too deep to be written; empty when it is not."""
+    level = [value]
+    for _ in range(_MAX_DEPTH):
+        nodes = [node.values() if isinstance(node, Mapping) else node for node in level if isinstance(node, _NESTS)]
+        level = [child for children in nodes for child in children]
+        if not level:
+            return ""
+    return f"nested deeper than {_MAX_DEPTH} levels"
+
+
+def _described(content: bytes, where: str) -> dict[str, Any]:
+    value = parse_json(content, where)
+    if problem := too_deep(value):
+        raise CheckpointError(f"{where} is {problem}")
+    return _object(value, where)
 
 
 def _object(value: object, where: str) -> dict[str, Any]:

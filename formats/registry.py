@@ -36,14 +36,14 @@ class FormatInfo:
 _ALL = (
     FormatInfo("fp8", "scaled:Fp8", ("tensor", "row", "block"), 8.0,
                "NVIDIA Ada, Hopper, Blackwell (SM 8.9+); AMD MI300",
-               "ComfyUI (tensor); row and block: ComfyUI-QuantOps"),
+               "ComfyUI (tensor); row and block: with nodes (examples/comfyui)"),
     FormatInfo("fp8_e5m2", "scaled:Fp8E5M2", ("tensor",), 8.0, "NVIDIA Ada, Hopper, Blackwell (SM 8.9+)", "ComfyUI"),
     FormatInfo("int8", "scaled:Int8", ("row", "tensor", "block"), 8.0, "NVIDIA Turing and later (SM 7.5+)",
-               "ComfyUI (row, tensor, rotated row); block: ComfyUI-QuantOps"),
+               "ComfyUI (row, tensor, rotated row); block: with nodes (examples/comfyui)"),
     FormatInfo("mxfp8", "mxfp8:Mxfp8", ("group",), 8.25, "NVIDIA Blackwell (SM 10.0+)", "ComfyUI", 32),
     FormatInfo("hybrid_mxfp8", "hybrid:HybridMxfp8", ("group",), 8.25,
                "as mxfp8: NVIDIA Blackwell (SM 10.0+); as fp8: Ada, Hopper (SM 8.9+)",
-               "ComfyUI with the nodes of examples/comfyui", 32),
+               "ComfyUI with nodes (examples/comfyui)", 32),
     FormatInfo("nvfp4", "nvfp4:Nvfp4", ("group",), 4.5, "NVIDIA Blackwell (SM 10.0+)", "ComfyUI", 16),
 )  # fmt: skip
 

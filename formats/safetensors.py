@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -109,12 +110,14 @@ def layout(specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> tuple[by
 
 
 def parse_json(raw: bytes, where: str) -> Any:
-    """Parse JSON that may be hostile: UTF-8 only, no duplicate key, no NaN, no text that UTF-8 cannot hold.
+    """Parse JSON that may be hostile: UTF-8 only, no duplicate key, no NaN, no number that float64 or text that UTF-8
+    cannot hold.
 
     Raises CheckpointError that begins with ``where``.
     """
     try:
-        value = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
+        hooks: Any = {"object_pairs_hook": _unique, "parse_constant": _no_constant, "parse_float": _finite}
+        value = json.loads(raw.decode("utf-8"), **hooks)
         if b"\\u" in raw:
             # An escape can smuggle in half a surrogate pair, which fails much later, when the name is written.
             json.dumps(value, ensure_ascii=False).encode("utf-8")
@@ -136,6 +139,12 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constant(word: str) -> None:
     raise ValueError(f"{word} is not JSON")
+
+
+def _finite(digits: str) -> float:
+    if math.isinf(number := float(digits)):
+        raise ValueError(f"{shown(digits)} is too large a number")
+    return number
 
 
 def _read_head(reader: Reader) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -130,14 +131,17 @@ class AdapterDirections:
         return digest.hexdigest()
 
     def scales(self, takers: Plans, layers: Sequence[LayerPlan], context: Context) -> dict[str, Found]:
-        """PlanError for factors of another width than their layer's weight, and when the adapter has no layer of the
-        checkpoint at all."""
+        """PlanError for factors of another width than their layer's weight, for two of one layer, and when the adapter
+        has no layer of the checkpoint at all."""
         shapes = {plan.layer.name: plan.layer.weight.shape for plan in layers if len(plan.layer.weight.shape) == 2}
         names = LayerNames(shapes)
         named = {given: names.find(given) for given in self.factors}
         unknown = [given for given, name in named.items() if name is None]
         if len(unknown) == len(named):
             raise PlanError(f"{self.path}: an adapter of other layers: the checkpoint has no {listed(unknown, NAMED)}")
+        times = Counter(named.values())
+        if twice := [given for given, name in named.items() if name is not None and times[name] > 1]:
+            raise PlanError(f"{self.path}: names a layer of the checkpoint twice: {listed(twice, NAMED)}")
         known = {name: self.factors[given] for given, name in named.items() if name is not None}
         wrong = [f"{name}: {ref.name} has {ref.shape[1]} columns, the weight {shapes[name][1]}"
                  for name, ref in known.items() if ref.shape[1] != shapes[name][1]]  # fmt: skip

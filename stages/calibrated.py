@@ -31,8 +31,8 @@ class Calibrated:
     needs_moments: ClassVar[bool] = True
 
     damping: float | None = None
-    """Share of the mean of diag H that is added to the diagonal. None: 0.05, and more for less than 1024 tokens, up to
-    0.4. Statistics of other inputs than those to come deserve 0.2."""
+    """Share of the mean of diag H that is added to the diagonal; by default 0.05, and more for less than 1024 tokens,
+    up to 0.4. Statistics of other inputs than those to come deserve 0.2."""
     sweeps: int = 3
     """Passes of coordinate descent."""
 

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from ..formats.comfy import HEADER_KEY, MARKER, marker_tensor
 from ..formats.errors import UsageError, shown
 from ..formats.layers import Layer
-from ..formats.markers import is_legacy_marker
+from ..formats.markers import is_legacy_marker, too_deep
 from .marker_edits import MarkerEdits, edit_markers
 from .reading import Copy
 from .stage import Context
@@ -99,8 +99,10 @@ def _copied(layer: Layer, edits: MarkerEdits) -> LayerPlan:
 
 
 def _check_json(value: object) -> None:
-    """UsageError for what a marker cannot hold: NaN, objects of Python, text that is no UTF-8."""
+    """UsageError for what a marker cannot hold: NaN, objects of Python, text that is no UTF-8, hundreds of levels."""
     try:
         json.dumps(value, default=dict, allow_nan=False, ensure_ascii=False).encode()
     except (TypeError, ValueError, RecursionError) as error:
         raise UsageError(f"edit: {shown(value)} cannot be written as JSON: {error}") from None
+    if problem := too_deep(value):
+        raise UsageError(f"edit: {shown(value)} is {problem}")

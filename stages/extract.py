@@ -21,7 +21,7 @@ from .counter import seed_of
 from .energies import Energies, memory_of_energies
 from .inputs import Inputs
 from .low_rank import Weighting, low_rank, memory_of_low_rank, operations_of_low_rank
-from .quality import Errors
+from .quality import AdapterGain, Errors
 from .reading import chunk_elements, reader
 from .work import ADAPTER, Chunk, Environment, LayerPlan, Work
 
@@ -30,19 +30,6 @@ MOST_SURVEYED = 128
 
 _KEPT_BYTES = 48 << 20
 """What the C library keeps of temporaries that are freed, and LAPACK of its own: measured on layers of 2048x6144."""
-
-
-@dataclass(frozen=True)
-class AdapterGain:
-    """What an adapter brings to a layer; in a survey, what it could bring."""
-
-    rank: int
-    before: Errors
-    """Of the stored weight alone. Output errors are known where there are statistics."""
-    after: Errors
-    """Of stored weight and adapter, as both are stored."""
-    spectrum: tuple[float, ...] = ()
-    """In a survey: the share of the squared error that each further rank removes, falling."""
 
 
 @dataclass(frozen=True)

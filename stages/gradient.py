@@ -44,13 +44,13 @@ class Gradient:
     iterations: int = 100
     """Steps at most."""
     learning_rate: float | None = None
-    """In grid steps per iteration, roughly; None: the optimiser's own (prodigy: a factor of the rate that it finds)."""
+    """In grid steps per iteration, roughly; by default the optimiser's own (prodigy: a factor of what it finds)."""
     reach: float = 0.5
     """Grid steps that an offset may have. 0.5: a weight is stored as one of its two neighbours on the grid."""
     penalty: float = 0.0
     """Weight of ||E||^2 beside ||U^T E V||^2. 0: the projected error alone, at the cost of the error as a whole."""
     schedule: str = "plateau"
-    """How the learning rate goes: plateau, adaptive or exponential (see ``Schedule``)."""
+    """How the learning rate goes: plateau, adaptive or exponential."""
     gamma: float = 0.99
     """exponential: what the rate is multiplied by at each step."""
     patience: int = 1

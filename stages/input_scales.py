@@ -58,8 +58,8 @@ class InputScales:
             raise UsageError(f"input_scales: remove sets no scale: leave {', '.join(sources) or 'only_missing'} out")
         if not self.remove and not sources:
             raise UsageError(
-                "input_scales: nothing says how large inputs are: name statistics of real inputs (`quantloom calibrate "
-                "MODEL --random-tokens --out stats.zarr`), a file of scales, or an adapter"
+                "input_scales: nothing says how large inputs are: name statistics of them (--statistics, from "
+                "`quantloom calibrate MODEL --random-tokens`), a file of scales (--input-scales) or a LoRA (--lora)"
             )
         if self.filter is not None:
             compile_pattern(self.filter, "filter")

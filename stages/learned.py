@@ -39,7 +39,7 @@ class Learned:
     needs_moments: ClassVar[bool] = False
 
     penalty: float | None = None
-    """Weight of ||E||^2 beside the projected error; None: 1 for nvfp4, 4 for int8, 0.85 for others."""
+    """Weight of ||E||^2 beside the projected error; by default 1 for nvfp4, 4 for int8, 0.85 for others."""
     top_p: float = 0.2
     """Share of the singular directions that count ..."""
     min_k: int = 256

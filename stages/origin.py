@@ -38,7 +38,7 @@ class Origin:
             entry = json.loads(made.metadata[ENTRY])
             stages = {stage["stage"]: dict(stage) for stage in entry["recipe"]["stages"]}
             return cls(stages, str(entry["plan"]), int(entry.get("needs_adapter", 0)))
-        except (KeyError, ValueError, TypeError, RecursionError):
+        except (KeyError, ValueError, TypeError, OverflowError, RecursionError):
             return cls({}, made.layout)
 
     @property

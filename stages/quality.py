@@ -42,6 +42,19 @@ class Quality:
     """Whether the method found nothing better than the rounding it started from."""
 
 
+@dataclass(frozen=True)
+class AdapterGain:
+    """What an adapter brings to a layer; in a survey, what it could bring."""
+
+    rank: int
+    before: Errors
+    """Of the stored weight alone. Output errors are known where there are statistics."""
+    after: Errors
+    """Of stored weight and adapter, as both are stored."""
+    spectrum: tuple[float, ...] = ()
+    """In a survey: the share of the squared error that each further rank removes, falling."""
+
+
 def nearest_scales(fmt: Format, weight: torch.Tensor) -> Scales:
     """Scales from the largest weight of each group of float32 (m, n) rows: a whole tensor."""
     amax = fmt.amax(weight)

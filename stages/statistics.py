@@ -183,6 +183,9 @@ class Statistics:
     def check(self, layers: Mapping[str, tuple[int, int]]) -> list[str]:
         """What does not fit a checkpoint whose matrices are ``layers`` (name -> (m, n)); empty when all does."""
         problems = [] if self.names else [f"{self.path} has counted no token in any layer"]
+        if self.names and layers and not any(name in layers for name in self.names):
+            first, other = next(iter(self.names)), next(iter(layers))
+            return [f"none of their {len(self.names)} layers is there; they name {first!r}, the checkpoint {other!r}"]
         for name in self.names:
             shape, width = layers.get(name), self.width(name)
             if shape is None:

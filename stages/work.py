@@ -18,9 +18,8 @@ if TYPE_CHECKING:
     from ..formats.format import Scales
     from ..formats.layers import Layer
     from ..formats.tensors import Slot, TensorSpec
-    from .extract import AdapterGain
     from .inputs import Inputs
-    from .quality import Quality
+    from .quality import AdapterGain, Quality
 
 ADAPTER = "\0adapter "
 """Begins the slot names of an adapter: its file may use names that the output has too."""

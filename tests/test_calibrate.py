@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import Ran
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import quantloom
@@ -620,6 +620,26 @@ def test_other_diffusion_models_run_on_random_inputs(cli: Cli, tmp_path: Path, n
                       "--out", tmp_path / "s.zarr")  # fmt: skip
     assert made["layers"] > 9
     assert made["notes"] == []
+
+
+def test_a_folder_of_other_names_is_refused(cli: Cli, tmp_path: Path) -> None:
+    """ComfyUI's names beside the configuration of diffusers: weights without memory, were it run."""
+    diffusers = pytest.importorskip("diffusers")
+    name = "WanTransformer3DModel"
+    getattr(diffusers, name)(**SMALL[name]).save_pretrained(tmp_path / "model")
+    path = next((tmp_path / "model").glob("*.safetensors"))
+    save_file({f"other.{key}": value for key, value in load_file(path).items()}, path)
+    done = cli("calibrate", tmp_path / "model", "--random-tokens", "--out", tmp_path / "s.zarr")
+    assert (done.status, f"of {name}" in done.err, "in the form of diffusers" in done.err) == (1, True, True)
+    assert not (tmp_path / "s.zarr").exists()
+
+
+def test_the_next_step_is_named(cli: Cli, tmp_path: Path) -> None:
+    folder = llama(tmp_path / "llama")
+    done = cli("calibrate", folder, "--norm-prior", "--out", tmp_path / "s.zarr")
+    command = done.out.strip().splitlines()[-1].partition("use it: quantloom ")[2]
+    assert command, done.out
+    assert cli(*command.replace("OUTPUT", str(tmp_path / "out")).split()).status == 0
 
 
 # -- the command -------------------------------------------------------------------------------------------------------

@@ -65,6 +65,19 @@ def test_help_of_every_command(name: str, cli: Cli) -> None:
         assert option.help
 
 
+@pytest.mark.parametrize("name", ["convert", "plan"])
+def test_options_stand_under_headings(name: str, cli: Cli) -> None:
+    shown = cli(name, "--help").out.partition("Examples:")[0]
+    sections = dict(re.findall(r"^(\w[^\n]*):\n((?:  [^\n]*\n)+)", shown, re.MULTILINE))
+    found = {heading: re.findall(r"^  (?:-\w, )?(--[a-z-]+)", text, re.MULTILINE) for heading, text in sections.items()}
+    options = [option.opts for option in group.commands[name].params if isinstance(option, click.Option)]
+    assert sorted(each for names in found.values() for each in names) == sorted(
+        [next(opt for opt in opts if opt.startswith("--")) for opts in options] + ["--help"]
+    )
+    assert found["Messages"] == ["--quiet", "--verbose", "--json", "--help"]
+    assert {each[:7] for each in found["Error-correction LoRA"]} == {"--lora-"}
+
+
 def test_the_options_that_are_promised() -> None:
     words = (
         "format scaling block-size rotate rounding preset include exclude fallback layers heuristics dialect "

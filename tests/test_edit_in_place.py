@@ -431,7 +431,14 @@ def test_a_file_that_was_replaced_meanwhile_is_left_alone(unfinished: Path, own:
 @pytest.mark.parametrize(
     "content",
     [b"", b"{", b"[]", b"{}", b'{"version": 2, "changes": []}', b'{"version": 1, "changes": [{}]}',
-     b'{"version": 1, "changes": [{"name": "../x", "old_size": 1, "new_size": 1, "patches": []}]}'],
+     b'{"version": 1, "changes": [{"name": "../x", "old_size": 1, "new_size": 1, "patches": []}]}',
+     b'{"version": 1, "changes": [{"name": "", "old_size": 1, "new_size": 1, "patches": []}]}',
+     b'{"version": 1, "changes": [{"name": "a\\u0000b", "old_size": 1, "new_size": 1, "patches": []}]}',
+     b'{"version": 1, "changes": [{"name": "x", "old_size": 1e999, "new_size": 1, "patches": []}]}',
+     b'{"version": 1, "changes": [{"name": "x", "old_size": 1, "new_size": 1, "patches": '
+     b'[{"start": -1, "old": "AA==", "new": "AA=="}]}]}',
+     b'{"version": 1, "changes": [{"name": "x", "old_size": 1, "new_size": 1000001, "patches": '
+     b'[{"start": 1000000, "old": "", "new": "AA=="}]}]}'],
 )  # fmt: skip
 def test_a_broken_journal_is_named(content: bytes, own: Path) -> None:
     own.with_name("x.safetensors.quantloom-edit").write_bytes(content)

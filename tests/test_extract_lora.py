@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -358,6 +359,9 @@ def test_files_that_are_no_adapter(checkpoint: Path, quantized: Path, tmp_path: 
         (tensors, saying(layers=[1]), CheckpointError, "no adapter of quantloom"),
         (tensors, saying(dialect="other"), CheckpointError, "unknown dialect 'other'"),
         (tensors, saying(layers={**layers, "gone": layers["odd"]}), PlanError, "lacks layers of the adapter: gone"),
+        (tensors, saying(layers={"odd": {"rank": math.inf}}), CheckpointError, "no adapter of quantloom"),
+        (tensors, saying(layers={"odd": layers["odd"] | {"rank": -1}}), CheckpointError, r"odd \(rank -1, weight"),
+        (tensors, saying(layers={"conv": layers["odd"]}), CheckpointError, r"conv \(rank 8, weight"),
         ({key: x for key, x in tensors.items() if key != down}, metadata, CheckpointError, "lora_down.* is missing"),
         ({**tensors, down: torch.ones(8, 70)}, metadata, CheckpointError, "no adapter of rank 8.*100x72"),
         ({**tensors, up: tensors[up].to(torch.int8)}, metadata, CheckpointError, "I8"),

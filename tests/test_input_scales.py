@@ -466,6 +466,14 @@ def test_adapters_that_say_nothing(down: torch.Tensor, key: str, words: str, tmp
         calibrated(source, lora=adapter(tmp_path, down, key))
 
 
+def test_an_adapter_with_two_names_for_a_layer(tmp_path: Path) -> None:
+    """Neither is the one that is meant."""
+    keys = (f"{UP}.lora_down.weight", f"diffusion_model.{UP}.lora_down.weight")
+    save_file({key: torch.full((4, 128), rank + 1.0) for rank, key in enumerate(keys)}, tmp_path / "two.safetensors")
+    with pytest.raises(PlanError, match=r"two\.safetensors: names a layer .* twice: "):
+        calibrated(quantize(tmp_path), lora=str(tmp_path / "two.safetensors"))
+
+
 def test_the_best_source_wins(tmp_path: Path, statistics: str) -> None:
     keys = {name: torch.ones(2, WIDTHS.get(name, 128)) for name in (QKV, UP, ODD, "blocks.1.mlp.up")}
     save_file({f"{name}.lora_down.weight": down for name, down in keys.items()}, tmp_path / "l.safetensors")

@@ -403,6 +403,13 @@ def test_statistics_that_do_not_fit_are_refused_with_the_list(checkpoint: Path, 
     assert "72" in message
 
 
+def test_statistics_of_another_model_are_refused_in_one_sentence(checkpoint: Path, tmp_path: Path) -> None:
+    other = {name.replace("blocks.", "layers."): x for name, x in make_tensors().items() if name.startswith("blocks.0")}
+    quantloom.calibrate(Inputs128(other), [tokens(64)], tmp_path / "s.zarr")
+    with pytest.raises(PlanError, match=r"none of their \d+ layers is there; they name 'layers\.0.*'"):
+        planned(checkpoint, format="fp8", rounding="calibrated", statistics=str(tmp_path / "s.zarr"))
+
+
 @pytest.fixture
 def partial(tmp_path: Path) -> Path:
     """Statistics of the first block alone."""
