@@ -92,16 +92,16 @@ def test_a_failure_at_any_moment_leaves_nothing(
     monkeypatch.setattr(fileio._PositionalFile, "write", fail)
     monkeypatch.setattr(budget, "CPU_CHUNK_BYTES", 1 << 14)
     before = listing(models)
-    output, number, refused = tmp_path / "deep" / "out.safetensors", 0, True
-    while refused:
+    output, words = tmp_path / "deep" / "out.safetensors", ""
+    for number in range(0, 1000, 7):
         left[0] = number
         try:
             run(name, models, output, scheduler="sync")
-            refused = False
+            break
         except SinkError as error:
-            assert "the disk filled up" in str(error)
-            assert listing(tmp_path) == {}
-            number += 7
+            words = str(error)
+        assert "the disk filled up" in words
+        assert listing(tmp_path) == {}
     assert number > 14
     assert list(listing(tmp_path)) == ["deep", str(Path("deep/out.safetensors"))]
 
@@ -119,7 +119,8 @@ def test_a_failure_at_any_moment_leaves_nothing(
 COMMANDS = {"input_scales": "calibrate-activations"}
 """verb -> its command, where it has another name."""
 FLAGS = {
-    "dequantize": ["--dtype", "f32"], "migrate": ["--to", "legacy"], "edit": ["--add", "full_precision_matrix_mult=true"],
+    "dequantize": ["--dtype", "f32"], "migrate": ["--to", "legacy"],
+    "edit": ["--add", "full_precision_matrix_mult=true"],
     "input_scales": ["--input-scales", "scales.json"], "hybrid": [], "hybrid legacy": ["--mode", "legacy"],
 }  # fmt: skip
 
