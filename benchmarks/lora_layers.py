@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from lora_cases import EVERY, adapted
 from measure import machine, save_json, table
-from peers import default_envs
+from peers import add_peer_options
 from rounding_cases import REAL, Judge, Layer, decoded_peer, make_layers
 from rounding_end_to_end import Model, Stores
 from rounding_layers import PEER, Cache, key_of, run_peer
@@ -116,10 +116,7 @@ def misses(cells: Sequence[Cell]) -> Iterator[str]:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Output errors of adapters for single layers.")
     parser.add_argument("--ranks", default="16,32")
-    parser.add_argument("--cache", type=Path, help="JSON file about what the peer did; what it stored lies beside it")
-    parser.add_argument("--envs", type=Path, default=default_envs(), help="folder of the peer's environment (peers.py)")
-    parser.add_argument("--no-peer", action="store_true")
-    parser.add_argument("--json", help="where to write the figures")
+    add_peer_options(parser)
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     ranks = [int(rank) for rank in args.ranks.split(",")]

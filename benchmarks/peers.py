@@ -152,6 +152,14 @@ def default_envs() -> Path:
     return (Path(cache) if cache else Path.home() / ".cache") / "quantloom-bench"
 
 
+def add_peer_options(parser: argparse.ArgumentParser) -> None:
+    """Options of benchmarks of single layers that run a peer beside."""
+    parser.add_argument("--cache", type=Path, help="JSON file about what the peer did; what it stored lies beside it")
+    parser.add_argument("--envs", type=Path, default=default_envs(), help="folder of the peer's environment (peers.py)")
+    parser.add_argument("--no-peer", action="store_true")
+    parser.add_argument("--json", help="where to write the figures")
+
+
 def interpreter(env: Path) -> Path:
     return env / "bin" / "python"
 

@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 from measure import HERE, machine, save_json, table
-from peers import CONVERT_TO_QUANT_PROGRAM, create, default_envs
+from peers import CONVERT_TO_QUANT_PROGRAM, add_peer_options, create
 from rounding_cases import (
     FORMATS,
     GENERATED,
@@ -281,10 +281,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--layers", default=",".join(LAYERS))
     parser.add_argument("--formats", default=",".join(FORMATS))
     parser.add_argument("--methods", default=",".join(METHODS))
-    parser.add_argument("--cache", type=Path, help="JSON file about what the peer did; what it stored lies beside it")
-    parser.add_argument("--envs", type=Path, default=default_envs(), help="folder of the peer's environment (peers.py)")
-    parser.add_argument("--no-peer", action="store_true")
-    parser.add_argument("--json", help="where to write the figures")
+    add_peer_options(parser)
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     formats, methods = chosen(args.formats, FORMATS), chosen(args.methods, METHODS)

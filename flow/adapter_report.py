@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..formats.errors import listed
-from .quality import Column, geometric
+from .quality import Column, finite, geometric
 from .sizes import count
 
 if TYPE_CHECKING:
@@ -40,14 +40,10 @@ GAINS = (Column("error with adapter", _pair("weight")), Column("output with adap
 
 def gain_dict(gain: AdapterGain) -> dict[str, Any]:
     """JSON values; an error that is no number is written as null."""
-
-    def number(value: float | None) -> float | None:
-        return value if value is not None and math.isfinite(value) else None
-
     return {
         "rank": gain.rank,
-        "error": [number(gain.before.weight), number(gain.after.weight)],
-        "output_error": [number(gain.before.output), number(gain.after.output)],
+        "error": [finite(gain.before.weight), finite(gain.after.weight)],
+        "output_error": [finite(gain.before.output), finite(gain.after.output)],
     }
 
 

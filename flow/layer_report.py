@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .adapter_report import gain_dict
-from .quality import quality_dict
+from .quality import finite, quality_dict
 
 if TYPE_CHECKING:
     from ..stages.quality import AdapterGain, Quality
@@ -41,7 +40,7 @@ class LayerReport:
         return {
             "name": self.name, "format": self.format, "rounding": self.rounding,
             "bytes_in": self.nbytes_in, "bytes_out": self.nbytes_out,
-            "error": self.error if math.isfinite(self.error) else None,
+            "error": finite(self.error),
             "error_sampled": self.sampled, "seconds": self.seconds,
             **({} if self.quality is None else quality_dict(self.quality)),
             **({} if self.gain is None else {"adapter": gain_dict(self.gain)}),

@@ -42,12 +42,17 @@ MEASURES = (
 _WORDS = {"weight": "error", "projected": "projected error", "output": "output error on these statistics"}
 
 
+def finite(value: float | None) -> float | None:
+    """The number, or None for what JSON has no number for."""
+    return value if value is not None and math.isfinite(value) else None
+
+
 def quality_dict(quality: Quality) -> dict[str, Any]:
     """JSON values; an error that is no number is written as null."""
 
     def errors(found: Errors) -> dict[str, float | None]:
         values: dict[str, float | None] = asdict(found)
-        return {name: value if value is not None and math.isfinite(value) else None for name, value in values.items()}
+        return {name: finite(value) for name, value in values.items()}
 
     return {
         "stored": errors(quality.stored), "nearest": errors(quality.nearest), "kept_start": quality.kept_start,

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 from ..stages.scalar import AddScalar
-from ..stages.work import LayerPlan, Receipt
+from ..stages.work import LayerPlan, Receipt, root_share
 from .sizes import count
 
 _NAMED = 5
@@ -16,7 +15,7 @@ def scalar_errors(layers: Sequence[LayerPlan], receipts: Sequence[Receipt]) -> d
     """||W_scalar - W|| / ||W|| of each layer that was given a scalar, the largest first."""
     given = {plan.layer.name for plan in layers if isinstance(plan.steps[0], AddScalar)}
     errors = {
-        receipt.name: math.sqrt(receipt.squared_error / receipt.squared_weight) if receipt.squared_weight else 0.0
+        receipt.name: root_share(receipt.squared_error, receipt.squared_weight)
         for receipt in receipts if receipt.name in given
     }  # fmt: skip
     return dict(sorted(errors.items(), key=lambda item: -item[1]))
@@ -28,7 +27,7 @@ def scalar_warnings(errors: Mapping[str, float], receipts: Sequence[Receipt]) ->
     if not wrong:
         return ()
     own = [receipt for receipt in receipts if receipt.name in errors]
-    total = math.sqrt(sum(each.squared_error for each in own) / sum(each.squared_weight for each in own))
+    total = root_share(sum(each.squared_error for each in own), sum(each.squared_weight for each in own))
     worst = ", ".join(f"{name} {error:.3g}" for name, error in list(wrong.items())[:_NAMED])
     return (
         f"decoded by .weight_scalar, the weights of {count(len(wrong), 'layer')} are wrong: relative error {total:.3g} "

@@ -20,7 +20,7 @@ from ..stages.work import Environment
 from .adapter_report import gain_dict
 from .budget import CPU_CHUNK_BYTES
 from .compare import compare, whole
-from .quality import quality_dict
+from .quality import finite, quality_dict
 from .sizes import count
 from .threads import map_layers
 from .verify_adapter import LayerAdapter, measure_adapter, read_adapter
@@ -88,7 +88,7 @@ class Verification:
         """JSON values; an error that is no number is written as null."""
         layers = [
             {
-                **asdict(layer), **{name: _finite(getattr(layer, name)) for name in ("error", "scalar_error")},
+                **asdict(layer), **{name: finite(getattr(layer, name)) for name in ("error", "scalar_error")},
                 "quality": None if layer.quality is None else quality_dict(layer.quality),
                 "gain": None if layer.gain is None else gain_dict(layer.gain),
             }
@@ -166,10 +166,6 @@ def _with_adapters(
         replace(check, gain=measured[check.name][0], problem=measured[check.name][1])
         if check.name in measured else check for check in checks
     ]  # fmt: skip
-
-
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
 
 
 def _check(

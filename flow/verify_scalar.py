@@ -7,7 +7,7 @@ import math
 from ..formats.layers import Layer
 from ..stages.reading import read_whole
 from ..stages.scalar import AddScalar
-from ..stages.work import Environment, LayerPlan, Work
+from ..stages.work import Environment, LayerPlan, Work, root_share
 
 
 def scalar_error(made: Layer, environment: Environment) -> float | None:
@@ -23,7 +23,7 @@ def scalar_error(made: Layer, environment: Environment) -> float | None:
     work = AddScalar("", scalar).run(Work(plan, (0, plan.rows), environment))
     for _ in work.chunks():
         pass
-    return math.sqrt(work.squared_error / work.squared_weight) if work.squared_weight else 0.0
+    return root_share(work.squared_error, work.squared_weight)
 
 
 def scalar_problem(error: float | None) -> str:

@@ -5,18 +5,17 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
-from ..formats.comfy import HEADER_KEY, MARKER, marker_tensor
+from ..formats.comfy import HEADER_KEY, marker_tensor
 from ..formats.errors import UsageError, shown
 from ..formats.layers import Layer
 from ..formats.markers import is_legacy_marker, too_deep
+from .keeping import verbatim, with_tensor
 from .marker_edits import MarkerEdits, edit_markers
-from .reading import Copy
 from .stage import Context
 from .work import LayerPlan
-from .writing import Write
 
 
 @dataclass(frozen=True)
@@ -89,13 +88,10 @@ class Edit:
 
 def _copied(layer: Layer, edits: MarkerEdits) -> LayerPlan:
     """Every stored tensor under its name; a marker that changes is written from its new content."""
-    entry = edits.markers.get(layer.name)
-    copied = [ref for ref in layer.tensors if entry is None or ref.name != layer.name + MARKER]
-    constants = () if entry is None else (marker_tensor(layer.name, entry),)
-    outputs = (*copied, *(spec for spec, _ in constants))
-    copy = Copy(tuple((ref.name, ref.name) for ref in copied))
-    change = edits.changes.get(layer.name, "")
-    return LayerPlan(layer, (copy, Write()), outputs, constants=constants, change=change)
+    plan, entry = verbatim(layer), edits.markers.get(layer.name)
+    if entry is not None:
+        plan = with_tensor(plan, marker_tensor(layer.name, entry))
+    return replace(plan, change=edits.changes.get(layer.name, ""))
 
 
 def _check_json(value: object) -> None:

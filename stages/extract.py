@@ -23,7 +23,7 @@ from .inputs import Inputs
 from .low_rank import Weighting, low_rank, memory_of_low_rank, operations_of_low_rank
 from .quality import AdapterGain, Errors
 from .reading import chunk_elements, reader
-from .work import ADAPTER, Chunk, Environment, LayerPlan, Work
+from .work import ADAPTER, Chunk, Environment, LayerPlan, Work, root_share
 
 MOST_SURVEYED = 128
 """Singular values that a survey looks at: no adapter of automatic rank is larger."""
@@ -102,14 +102,8 @@ def padded_columns(coded: Coded | None, columns: int) -> int:
 
 def relative_errors(error: tuple[float, float | None], weight: tuple[float, float | None]) -> Errors:
     """Relative errors from the energies of an error and of the weight."""
-    share = None if error[1] is None or weight[1] is None else _root_share(error[1], weight[1])
-    return Errors(_root_share(error[0], weight[0]), output=share)
-
-
-def _root_share(error: float, of: float) -> float:
-    if of == 0:
-        return 0.0 if error == 0 else float("inf")
-    return float((error / of) ** 0.5)
+    share = None if error[1] is None or weight[1] is None else root_share(error[1], weight[1])
+    return Errors(root_share(error[0], weight[0]), output=share)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..formats.comfy import MARKER, LayerOptions, format_string, marker, marker_tensor
 from ..formats.encoding import Encoding
-from ..formats.layers import Layer
+from ..formats.layers import Layer, describe
 from ..formats.markers import Entry, flat
 from ..formats.tensors import FLOAT_DTYPES, TensorRef, TensorSpec, number_tensor
 from .casting import Recast
@@ -91,20 +91,12 @@ def check_legacy(layer: Layer) -> None:
     name, scaling, _ = _encoding(layer).format
     if (name, scaling) == ("fp8", "tensor") and layer.encoding and layer.encoding.rotation is None:
         return
-    raise Inexpressible(f"{words_of(layer)}, and scaled_fp8 files hold FP8 E4M3 with one scale")
+    raise Inexpressible(f"{describe(layer)}, and scaled_fp8 files hold FP8 E4M3 with one scale")
 
 
 def asks_full_precision(layer: Layer) -> bool:
     """Whether its marker, or the legacy one above it, asks to be multiplied in full precision."""
     return bool(flat(layer.marker or {}).get(_FULL_PRECISION))
-
-
-def words_of(layer: Layer) -> str:
-    """``fp8 block 128``, ``int8 row rotated 256``, ``nvfp4``."""
-    encoding = _encoding(layer)
-    name, scaling, size = encoding.format
-    words = [name] if scaling == "group" else [name, scaling, *([str(size)] if size else [])]
-    return " ".join(words) + (f" rotated {encoding.rotation}" if encoding.rotation else "")
 
 
 def lost_words(layer: Layer) -> list[str]:
@@ -115,8 +107,9 @@ def lost_words(layer: Layer) -> list[str]:
 def regular(layer: Layer) -> bool:
     """Whether its marker names the format that its scales really have."""
     said, built = flat(layer.marker or {}), _encoding(layer).build()
-    label = "mxfp8" if said.get("format") == "hybrid_mxfp8" else said.get("format")
-    return label == format_string(built) and (built.scaling != "block" or said.get("group_size") == built.block_size)
+    if said.get("format") != format_string(built):
+        return False
+    return built.scaling != "block" or said.get("group_size") == built.block_size
 
 
 def with_input_scale(layer: Layer, form: Form, dialect: str, value: float) -> Form:

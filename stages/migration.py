@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..formats.comfy import HEADER_KEY, model_prefix
 from ..formats.errors import PlanError, UsageError, listed, shown
-from ..formats.layers import Layer
+from ..formats.layers import Layer, describe
 from ..formats.markers import LEGACY as LEGACY_MARKER
 from ..formats.markers import is_legacy_marker
 from ..formats.tensors import FLOAT_DTYPES, PLAIN_DTYPES, TensorSpec
@@ -28,7 +28,6 @@ from .forms import (
     with_input_scale,
     with_unused,
     without_constant_scale,
-    words_of,
 )
 from .stage import Context
 from .work import LayerPlan
@@ -202,7 +201,7 @@ def _change(layer: Layer, form: Form, dialect: str) -> str:
     name = LEGACY_MARKER if form.entry is None else form.entry["format"]
     stays = layer.encoding.dialect == dialect and (dialect == LEGACY or regular(layer))
     rest, added = without_constant_scale(form)
-    words = [f"{layer.encoding.dialect} {words_of(layer)} to {name}"]
+    words = [f"{layer.encoding.dialect} {describe(layer)} to {name}"]
     if stays:
         words = [f"{name} made regular"] if rest.differs(layer) else []
     return ", ".join([*words, *(["activation scale added"] if added else [])])

@@ -185,6 +185,13 @@ class Work:
         return self.stream(*self.rows)
 
 
+def root_share(squared_error: float, squared: float) -> float:
+    """The relative error of two sums of squares; 0 for 0 / 0."""
+    if squared == 0:
+        return 0.0 if squared_error == 0 else math.inf
+    return math.sqrt(squared_error / squared)
+
+
 @dataclass(frozen=True)
 class Receipt:
     """What a finished task reports. A few hundred bytes; tensors never come back."""
@@ -208,6 +215,4 @@ class Receipt:
         """Relative Frobenius error of the stored weight, from sampled rows; None for a layer that is kept."""
         if not self.format:
             return None
-        if self.squared_weight == 0.0:
-            return 0.0 if self.squared_error == 0.0 else math.inf
-        return math.sqrt(self.squared_error / self.squared_weight)
+        return root_share(self.squared_error, self.squared_weight)
