@@ -214,6 +214,7 @@ def make_receipt(work: Work, first: bool) -> Receipt:
     return Receipt(
         plan.layer.name, plan.format, round(plan.layer.nbytes * share), round(plan.nbytes_out * share),
         time.perf_counter() - work.started, work.squared_error, work.squared_weight, first, work.quality, work.gain,
+        work.pieces,
     )  # fmt: skip
 
 

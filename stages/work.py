@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..formats.adapters import AdapterTensors
+    from ..formats.checksums import Piece
     from ..formats.format import Scales
     from ..formats.layers import Layer
     from ..formats.tensors import Slot, TensorSpec
@@ -178,6 +179,8 @@ class Work:
     """Float32 (rows of the layer,): original weights times the mean input, where the bias is corrected."""
     started: float = 0.0
     """Clock (seconds) when the first step began."""
+    pieces: tuple[Piece, ...] = ()
+    """What was written, with its checksums."""
 
     def chunks(self) -> Iterator[Chunk]:
         """The stream over this task's rows."""
@@ -209,6 +212,8 @@ class Receipt:
     """What a rounding method brought."""
     gain: AdapterGain | None = None
     """What the layer's adapter brought."""
+    pieces: tuple[Piece, ...] = ()
+    """Checksums of what was written."""
 
     @property
     def error(self) -> float | None:

@@ -1,4 +1,4 @@
-"""The last step of a chain: write bytes at their places."""
+"""The last step of a chain: write bytes at their places, and take their checksums on the way."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..formats.checksums import Summing
 from ..formats.fileio import Writer
 from .work import ADAPTER, Environment, LayerPlan, Work
 
@@ -24,6 +25,7 @@ class Write:
         slots = {slot.name: slot for slot in work.plan.slots}
         if work.plan.adapter is not None:
             slots |= {ADAPTER + slot.name: slot for slot in work.plan.adapter.slots}
+        sums = Summing()
         with ExitStack() as stack:
             writers: dict[str, Writer] = {}
             for chunk in work.chunks():
@@ -31,8 +33,10 @@ class Write:
                     slot = slots[name]
                     if slot.path not in writers:
                         writers[slot.path] = stack.enter_context(Writer(slot.path + PART_SUFFIX))
-                    flat = data.reshape(-1).view(torch.uint8).numpy()
-                    writers[slot.path].write(flat.data, slot.start + offset)
+                    flat = data.reshape(-1).view(torch.uint8).numpy().data
+                    sums.add(name, offset, flat)
+                    writers[slot.path].write(flat, slot.start + offset)
+        work.pieces = sums.pieces()
         return work
 
     def memory(self, plan: LayerPlan, environment: Environment) -> int:
