@@ -9,6 +9,8 @@ from pathlib import Path
 
 from ..formats.shards import SUFFIX, index_file, is_single_file, stem_of
 from .plan import Plan
+from .run_journal import SUFFIX as JOURNAL_SUFFIX
+from .run_journal import FileLog
 
 
 def folder_of(plan: Plan) -> Path:
@@ -73,6 +75,13 @@ def locks_of(plan: Plan) -> list[Path]:
     if not plan.shards:
         return adapter
     return [*([] if is_single_file(plan.output.path) else [folder / ".quantloom.lock"]), file, *adapter]
+
+
+def log_of(plan: Plan) -> FileLog:
+    """The journal of a run that writes this output."""
+    if not plan.shards and plan.adapter is not None:
+        return FileLog(Path(f"{plan.adapter.shard.path}{JOURNAL_SUFFIX}"))
+    return FileLog(folder_of(plan) / f"{stem_in(plan)}{SUFFIX}{JOURNAL_SUFFIX}")
 
 
 def stem_in(plan: Plan) -> str:

@@ -21,6 +21,8 @@ from .sizes import parse_size
 RECIPE_VERSION = 1
 DIALECTS = ("comfy",)
 SCHEDULERS = ("threads", "sync", "distributed")
+RESUME = ("auto", "never", "require")
+ON_ERROR = ("stop", "keep")
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,12 @@ class Run:
     """cpu, cuda or cuda:<index>."""
     scheduler: str = "threads"
     """threads, sync, distributed (a local cluster), or the address of a Dask scheduler."""
+    resume: str = "auto"
+    """auto: continue what an earlier run of the same conversion left; never: start over; require: refuse to."""
+    verify: bool = False
+    """Read what an earlier run finished again, and compare it with its checksums, before it is continued."""
+    on_error: str = "stop"
+    """What happens to a layer that fails for good: stop the run, or keep the layer as it is."""
 
     def __post_init__(self) -> None:
         check_types("run", Run, vars(self))
@@ -66,6 +74,9 @@ class Run:
             raise UsageError(f"unknown scheduler {shown(self.scheduler)}{hint}; or an address such as tcp://host:8786")
         if not re.fullmatch(r"cpu|cuda(:[0-9]{1,9})?", self.device):
             raise UsageError(f"unknown device {shown(self.device)}; known: cpu, cuda, cuda:0")
+        for name, known in (("resume", RESUME), ("on_error", ON_ERROR)):
+            if (value := getattr(self, name)) not in known:
+                raise UsageError(f"unknown {name} {shown(value)}{did_you_mean(value, known)}")
         if self.workers is not None and self.workers < 1:
             raise UsageError(f"{self.workers} workers: at least one is needed")
         if self.memory is not None and self.memory < 1:

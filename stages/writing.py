@@ -36,6 +36,8 @@ class Write:
                     flat = data.reshape(-1).view(torch.uint8).numpy().data
                     sums.add(name, offset, flat)
                     writers[slot.path].write(flat, slot.start + offset)
+            for writer in writers.values() if work.environment.sync else ():
+                writer.sync()
         work.pieces = sums.pieces()
         return work
 
