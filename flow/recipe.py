@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypedDict, TypeVar
 
 from ..formats.errors import CheckpointError, UsageError, did_you_mean, shown
 from ..formats.safetensors import parse_json
@@ -83,6 +83,14 @@ class Run:
             raise UsageError(f"memory of {self.memory} bytes: it must be positive")
 
 
+class OtherRun(TypedDict, total=False):
+    """Fields of Run that are rarely given."""
+
+    resume: str
+    verify: bool
+    on_error: str
+
+
 @dataclass(frozen=True)
 class Recipe:
     """A whole conversion."""
@@ -129,7 +137,7 @@ class Recipe:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
         """Raises UsageError for a version, stage or option that does not exist."""
-        _known("recipe", values, ("quantloom_recipe", "source", "stages", "output", "run"))
+        refuse_unknown("recipe", values, ("quantloom_recipe", "source", "stages", "output", "run"))
         version = values.get("quantloom_recipe")
         if version != RECIPE_VERSION:
             wanted = f"the version {RECIPE_VERSION} that this program reads"
@@ -189,7 +197,7 @@ def _check_path(what: str, path: str) -> None:
         raise UsageError(f"{what}: {shown(path)} is no path: it holds a NUL character")
 
 
-def _known(what: str, values: Any, names: tuple[str, ...]) -> None:
+def refuse_unknown(what: str, values: Any, names: tuple[str, ...]) -> None:
     if not isinstance(values, Mapping):
         raise UsageError(f"{what} must be an object, is {type(values).__name__}")
     for name in values:
@@ -199,7 +207,7 @@ def _known(what: str, values: Any, names: tuple[str, ...]) -> None:
 
 def _build(cls: type[T], values: Any) -> T:
     names = tuple(item.name for item in fields(cls))
-    _known(cls.__name__.lower(), values, names)
+    refuse_unknown(cls.__name__.lower(), values, names)
     for name in _SIZES:
         if not isinstance(values.get(name), str | int | float | None):
             raise UsageError(f"{name} {shown(values[name])} is no size; write for example 8GB or 500MiB")
