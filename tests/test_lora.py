@@ -645,9 +645,12 @@ def test_a_failure_of_the_second_file_brings_back_the_first(
     pipeline = Pipeline().read(checkpoint).target(preset="none").quantize("fp8").lora(rank=8)
     with pytest.raises(QuantloomError):
         pipeline.write(output, overwrite=True)
-    assert listing(tmp_path) == before
+    left = listing(tmp_path)
+    assert before.items() <= left.items()
+    assert all(name.endswith((".part", ".journal.jsonl")) for name in left.keys() - before.keys())
     monkeypatch.setattr(commit, "replace", real)
     pipeline.write(output, overwrite=True)
+    assert listing(tmp_path).keys() == before.keys()
     assert listing(tmp_path) != before
 
 
