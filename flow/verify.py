@@ -115,8 +115,8 @@ def verify(
 
     With a store of ``statistics`` the output error of every quantized layer is measured too, and its projected error,
     each beside plain rounding: then whole matrices are held, one at a time. With an ``adapter`` the errors beside it
-    are measured too. Checksums are looked at where there are any. Raises CheckpointError when a file itself is broken (truncated, bad header), PlanError for
-    statistics or an adapter that do not fit.
+    are measured too. Checksums are looked at where there are any. Raises CheckpointError when a file itself is broken
+    (truncated, bad header), PlanError for statistics or an adapter that do not fit.
     """
     made, source = open_source(output), open_source(against)
     ours = {layer.name: layer for layer in group_layers(made)}

@@ -123,7 +123,7 @@ def look(output: str, watch: Callable[[int, int], None] | None = None) -> Checks
         elif manifests and not any(finding.path == header.path for finding in findings):
             findings.append(Finding(HEADER, header.path, "carries no checksums, other files of this output do"))
     if len(paths) > 1 or index is not None:
-        findings += [*_set_findings(manifests), *_number_findings(paths)]
+        findings += [*_set_findings(manifests), *_number_findings(paths, index)]
     if index is not None:
         findings += _index_findings(index, headers, complete=len(headers) == len(paths))
     findings += [_difference(piece, digits, error) for piece, digits, error in sum_pieces(stored, watch)]
@@ -172,8 +172,8 @@ def _header_findings(header: Header, manifest: Manifest) -> Iterator[Finding]:
         odd = [(lost, "lacks") for lost in sorted(manifest.tensors.keys() - names)]
         odd += [(new, "has gained") for new in sorted(names - manifest.tensors.keys())]
         words = [f"it {verb} {shown(name)}" for name, verb in odd]
-        text = f"the header is damaged, or was rewritten by another program: its checksum is {found or 'out of place'}, "
-        text += f"{manifest.header} was written"
+        text = "the header was rewritten by another program, or is damaged: its checksum "
+        text += f"is {found or 'out of place'}, {manifest.header} was written"
         named = f"; {listed(words, _SHOWN)}" if words else ""
         yield Finding(HEADER, header.path, text + named, "", 0, len(head), manifest.header, found)
 
@@ -209,8 +209,8 @@ def _set_findings(manifests: Mapping[str, Manifest]) -> Iterator[Finding]:
             yield Finding(FILES, path, f"was written by another run than the other files: {' and '.join(words)}")
 
 
-def _number_findings(paths: Sequence[Path]) -> Iterator[Finding]:
-    """Numbered files that are not there."""
+def _number_findings(paths: Sequence[Path], index: Path | None) -> Iterator[Finding]:
+    """Numbered files, or their index, that are not there."""
     numbered = {path: match for path in paths if (match := _NUMBERED.search(path.name))}
     for path, match in numbered.items():
         names = {path.with_name(f"{path.name[:match.start()]}-{n:05d}-of-{match[2]}{SUFFIX}") for n in
@@ -218,6 +218,8 @@ def _number_findings(paths: Sequence[Path]) -> Iterator[Finding]:
         if missing := sorted(other.name for other in names - set(paths)):
             yield Finding(FILES, str(path.parent), f"files are missing: {listed(missing, _SHOWN)}")
             return
+    if numbered and index is None and not list(paths[0].parent.glob("*.index.json")):
+        yield Finding(FILES, str(paths[0].parent), "the index of the numbered files is missing: clients need it")
 
 
 def _index_findings(index: Path, headers: Sequence[Header], complete: bool) -> Iterator[Finding]:

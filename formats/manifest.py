@@ -167,7 +167,7 @@ def _pieces(value: Any, at: str) -> tuple[tuple[int | None, str], ...]:
     for pair in pairs:
         fits = isinstance(pair, list) and len(pair) == 2 and type(pair[0]) is int and _is_digits(pair[1])
         if not fits or not 0 <= pair[0] < _MOST_BYTES:
-            raise CheckpointError(f"{at}: {shown(value)} is neither 16 hexadecimal digits nor pairs of bytes and digits")
+            raise CheckpointError(f"{at}: {shown(value)} is neither 16 hexadecimal digits nor pairs of bytes, digits")
     return tuple((pair[0], pair[1]) for pair in pairs)
 
 
