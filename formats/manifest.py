@@ -132,7 +132,7 @@ def parse(metadata: Mapping[str, str], where: str) -> Manifest | None:
             raise CheckpointError(f"{where}: header entry {shown(moved[0])} holds checksums, which belong to {KEY}")
         return None
     at = f"{where}: header entry {KEY}"
-    values = parse_json(text.encode(), at)
+    values = parse_json(text.encode(errors="surrogatepass"), at)
     if not isinstance(values, dict):
         raise CheckpointError(f"{at}: is {shown(values)}, not an object")
     if values.get("algorithm") != ALGORITHM:

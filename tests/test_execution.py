@@ -268,7 +268,7 @@ def test_edges_between_tasks_are_numbers(source: Path, tmp_path: Path, monkeypat
         results.append((key, value))
         receipts.extend(value if key[0] == "run" else ())
 
-    with open_sink(plan, receipts), ThreadPoolExecutor(1) as thread:  # tasks set up torch for the thread that they run in
+    with open_sink(plan, receipts), ThreadPoolExecutor(1) as thread:  # tasks set up torch for their thread
         thread.submit(get_sync, tasks, keys, callbacks=[(None, None, None, finished, None)]).result()
     assert len(results) == len(tasks)
     for key, value in results:

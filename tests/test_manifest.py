@@ -52,7 +52,7 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shards with an index, and nothing else."""
     place = tmp_path_factory.mktemp("shards")
-    made = convert(write_file(place / "in.safetensors", small()), place / "out", shard_size=10_000)
+    made = convert(write_file(place / "in.safetensors", small()), place / "out", shard_size=6_000)
     assert len(list(made.glob("*.safetensors"))) > 2
     return made
 
@@ -104,7 +104,7 @@ def test_every_kind_of_output(checkpoint: Path, tmp_path: Path) -> None:
     pipelines = {
         "dequantized": Pipeline().read(source).dequantize("bf16"),
         "hybrid": Pipeline().read(source).hybrid(),
-        "migrated": Pipeline().read(fp8).migrate(to="scaled_fp8"),
+        "migrated": Pipeline().read(fp8).migrate(to="legacy"),
         "scaled": Pipeline().read(fp8).input_scales(file=str(scales)),
         "edited": Pipeline().read(source).edit(add={"note": "x"}),
         "with adapter": Pipeline().read(checkpoint).quantize("fp8").lora(**lora),
@@ -152,7 +152,7 @@ def test_an_edit_in_place_hides_no_damage(single: Path, tmp_path: Path) -> None:
 
 def test_every_byte_has_to_be_written(checkpoint: Path, tmp_path: Path) -> None:
     plan = Pipeline().read(checkpoint).quantize("fp8").write(tmp_path / "out.safetensors", compute=False).plan
-    with pytest.raises(SinkError, match="0 of .* bytes were written"):
+    with pytest.raises(SinkError, match=r"0 of .* bytes were written"):
         list(checksums.finished_heads(plan, []))
 
 
@@ -254,7 +254,7 @@ def test_files_that_are_cut_extended_swapped_or_missing(folder: Path, tmp_path: 
 
 
 def test_a_file_of_another_run(folder: Path, tmp_path: Path) -> None:
-    other = convert(folder.parent / "in.safetensors", tmp_path / "other", "hybrid_mxfp8", shard_size=10_000)
+    other = convert(folder.parent / "in.safetensors", tmp_path / "other", "hybrid_mxfp8", shard_size=6_000)
     copy = Path(shutil.copytree(folder, tmp_path / "out"))
     names = sorted(path.name for path in copy.glob("*.safetensors"))
     shutil.copy(other / names[-1], copy / names[-1])
@@ -295,8 +295,6 @@ def test_a_file_that_cannot_be_read_is_named(single: Path, monkeypatch: pytest.M
         raise CheckpointError(f"{single}: cannot read: Input/output error")
 
     monkeypatch.setattr(piece_sums.Reader, "read_into", fail)
-    with pytest.raises(CheckpointError, match="Input/output"):
-        piece_sums.Reader(single).read_into(memoryview(bytearray(1)), 0)
     stored = [piece_sums.Stored(str(single), 0, Piece("a", 0, 10, "0" * 16))]
     assert piece_sums.sum_pieces(stored) == [(stored[0], "", f"{single}: cannot read: Input/output error")]
 
@@ -318,15 +316,16 @@ def test_nonsense_is_refused(key: str, value: Any, cut: int) -> None:
     for text in (json.dumps(broken), json.dumps(broken)[:cut], json.dumps(value)):
         try:
             made = parse({KEY: text}, "file")
-        except CheckpointError as error:
-            assert str(error).startswith("file: header entry")
+        except CheckpointError:
             continue
         assert made is not None
         for pieces in made.tensors.values():
             assert all(len(digits) == 16 and (nbytes is None or nbytes >= 0) for nbytes, digits in pieces)
 
 
-@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 50_000, "9" * 10_000, '{"algorithm": "crc32"}', "", "\ud800"])
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, '{"a":' * 50_000, "9" * 10_000, '{"algorithm": "crc32"}', "", "\ud800"], ids=range(6)
+)
 def test_what_is_deep_long_or_of_another_algorithm(text: str) -> None:
     with pytest.raises(CheckpointError):
         parse({KEY: text}, "file")
