@@ -65,7 +65,7 @@ class FileLog:
             if not stat.S_ISREG(status.st_mode) or status.st_size > _MOST_BYTES:
                 raise CheckpointError(f"{self.path}: stands where a journal belongs and is none: move it away")
             return self.path.read_bytes()
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return b""
         except OSError as error:
             raise CheckpointError(f"{self.path}: cannot read the journal: {error.strerror or error}") from error

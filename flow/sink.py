@@ -111,7 +111,8 @@ def _stop(session: Session, error: BaseException) -> None:
         put_back(session.first_plan)
     plan = session.first_plan
     if session.journalled and not isinstance(error, _REFUSALS) and _is_unchanged(plan):
-        kept = f"{len(session.journalled)} of {count(len(plan.layers), 'tensor')} are finished and kept beside {session.log.place}"
+        number = f"{len(session.journalled)} of {count(len(plan.layers), 'tensor')} are finished"
+        kept = f"{number} and kept beside {session.log.place}"
         error.add_note(f"{kept}: run the same command again to continue, or delete that file to start over")
         return
     remove_parts(plan)
