@@ -6,13 +6,16 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ..formats.errors import SinkError, UsageError, memory_problem
+from ..formats.errors import SinkError, memory_problem
 from ..stages.cancelling import cancel, forget
 from ..stages.work import LayerPlan, Receipt
 from .budget import Budget, make_budget
+from .devices import check_devices
 from .graph import Graph, Key, Results, submission
+from .placement import Placement
 from .plan import Plan
 from .recipe import Run
 from .report import Report, make_report
@@ -54,16 +57,16 @@ def run_plan(plan: Plan, client: Client | str | None = None, progress: Progress 
     """Converts. Raises QuantloomError (or KeyboardInterrupt) with the parts removed and nothing under a final name."""
     watcher = progress or Silent()
     began = time.perf_counter()
-    scheduler = client if client is not None else plan.recipe.run.scheduler
-    if scheduler in ("threads", "sync"):
-        _check_device(plan.recipe.run)
+    run = _run_on(client, plan.recipe.run)
+    check_devices(run)
     check_output(plan)
     run_id = f"{plan.digest[:16]}-{time.monotonic_ns()}"
-    budget = make_budget(plan.layers, plan.recipe.run, run_id)
+    budget = make_budget(plan.layers, run, run_id)
+    scheduler = _scheduler(client, run, budget)
     graph, keys = submission(plan.layers, budget.environment)
     _log.info("%d tasks, %d at a time, chunks of %d bytes", len(graph), budget.workers, budget.environment.chunk_bytes)
     receipts: list[Receipt] = []
-    running = closing(_schedule(scheduler, graph, keys, budget))
+    running = closing(_schedule(scheduler, graph, keys, budget, Placement(plan.layers, run.writes)))
     try:
         with _known_errors(), open_sink(plan, receipts), _torch_threads(), running as results:
             watcher.start(plan, budget)
@@ -79,11 +82,11 @@ def run_plan(plan: Plan, client: Client | str | None = None, progress: Progress 
 
 def collect(layers: Sequence[LayerPlan], run: Run) -> list[Receipt]:
     """Receipts of chains that write nothing, on the scheduler of the run. Raises what ``run_plan`` raises."""
-    if run.scheduler in ("threads", "sync"):
-        _check_device(run)
+    check_devices(run)
     run_id = f"look-{time.monotonic_ns()}"
     budget = make_budget(layers, run, run_id)
-    running = closing(_schedule(run.scheduler, *submission(layers, budget.environment), budget))
+    scheduler = _scheduler(None, run, budget)
+    running = closing(_schedule(scheduler, *submission(layers, budget.environment), budget, Placement(layers)))
     try:
         with _known_errors(), _torch_threads(), running as results:
             return [receipt for done in results for receipt in done]
@@ -115,18 +118,22 @@ def _torch_threads() -> Iterator[None]:
         torch.set_grad_enabled(grad)
 
 
-def _check_device(run: Run) -> None:
-    """UsageError for a CUDA device that this machine does not have."""
-    if run.device == "cpu":
-        return
-    import torch
-
-    count, wanted = torch.cuda.device_count(), int(run.device.partition(":")[2] or 0)
-    if wanted >= count:
-        raise UsageError(f"device {run.device!r} is not there: torch {torch.__version__} finds {count} CUDA devices")
+def _run_on(client: Client | str | None, run: Run) -> Run:
+    """The run, on the scheduler of a client that was given."""
+    if client is None:
+        return run
+    address: Any = client if isinstance(client, str) else client.scheduler.address  # type: ignore[union-attr]
+    return replace(run, scheduler=address)
 
 
-def _schedule(scheduler: Client | str, graph: Graph, keys: list[Key], budget: Budget) -> Results:
+def _scheduler(client: Client | str | None, run: Run, budget: Budget) -> Client | str:
+    """Where the tasks go: several GPUs get a process each, whose threads take the place of this one's."""
+    if client is not None and not isinstance(client, str):
+        return client
+    return "distributed" if budget.gpus and run.scheduler == "threads" else run.scheduler
+
+
+def _schedule(scheduler: Client | str, graph: Graph, keys: list[Key], budget: Budget, place: Placement) -> Results:
     """Results of the keys as they come."""
     if scheduler == "sync":
         return _local(graph, keys, budget, workers=0)
@@ -134,7 +141,7 @@ def _schedule(scheduler: Client | str, graph: Graph, keys: list[Key], budget: Bu
         return _local(graph, keys, budget, workers=budget.workers)
     from .cluster import run_distributed
 
-    return run_distributed(scheduler, graph, keys, budget)
+    return run_distributed(scheduler, graph, keys, budget, place)
 
 
 def _local(graph: Graph, keys: list[Key], budget: Budget, workers: int) -> Results:

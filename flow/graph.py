@@ -132,20 +132,27 @@ def batches(layers: Sequence[LayerPlan]) -> Iterator[list[LayerPlan]]:
         yield pending
 
 
-def submission(layers: Sequence[LayerPlan], environment: Environment) -> tuple[Graph, list[Key]]:
-    """The fused graph and the keys to ask for; each key's result is a list of receipts.
+def submission(
+    layers: Sequence[LayerPlan], environment: Environment, name: str = "batch"
+) -> tuple[Graph, list[Key]]:
+    """The fused graph and the keys to ask for, biggest layers first, which begin with run and ``name``; each key's
+    result is a list of receipts.
 
     The chains of a batch, joined by a node that gathers their receipts, are fused into one task, so that what flows
     along an edge stays inside one worker's thread.
     """
     graph: Graph = {}
     keys: list[Key] = []
-    for number, batch in enumerate(batches(layers)):
+    made = list(batches(layers))
+    # Names decide which of many equal tasks Dask begins with: the last one, or the first where some wait for others.
+    waiting = any(_shared_scale(batch[0]) for batch in made)
+    for number, batch in enumerate(made):
         nodes = stage_graph(batch, environment)
+        prefix = (environment.run_id, name, f"{number if waiting else len(made) - number:07d}")
         if batch[0].parts:
-            keys += _fuse_parts(batch[0], nodes, graph, environment.run_id)
+            keys += _fuse_parts(batch[0], nodes, graph, prefix)
             continue
-        key = (environment.run_id, "batch", str(number))
+        key = prefix
         wanted = [end for plan in batch for end in receipt_keys(plan)]
         gather = Task(key, gather_receipts, List(*(TaskRef(end) for end in wanted)))
         graph[key] = Task.fuse(*nodes.values(), gather, key=key)
@@ -153,7 +160,7 @@ def submission(layers: Sequence[LayerPlan], environment: Environment) -> tuple[G
     return graph, keys
 
 
-def _fuse_parts(plan: LayerPlan, nodes: Graph, graph: Graph, run_id: str) -> list[Key]:
+def _fuse_parts(plan: LayerPlan, nodes: Graph, graph: Graph, prefix: Key) -> list[Key]:
     """One task per row range, and with a shared scale one more for its amax; edges carry single numbers."""
     keys = []
     shared = _shared_scale(plan)
@@ -165,7 +172,7 @@ def _fuse_parts(plan: LayerPlan, nodes: Graph, graph: Graph, run_id: str) -> lis
             amax_key = ("amax", plan.layer.name, *suffix)
             graph[amax_key] = Task.fuse(*chain[:before], nodes[amax_key], key=amax_key)
         end = nodes[("receipt", plan.layer.name, *suffix)]
-        key = (run_id, "batch", plan.layer.name, *suffix)
+        key = (*prefix, plan.layer.name, *suffix)
         graph[key] = Task.fuse(*chain, end, Task(key, gather_receipts, List(TaskRef(end.key))), key=key)
         keys.append(key)
     if shared is not None:

@@ -109,10 +109,14 @@ RUNNING: Options = [
     click.option("--memory", metavar="SIZE",
                  help="What the process may use, such as 8GB. Default: half of what is free."),
     click.option("--workers", type=int, metavar="N",
-                 help="Tasks at a time. Default: as many as cores and memory allow."),
-    click.option("--device", metavar="DEVICE", help="cpu (default), cuda or cuda:0."),
+                 help="Tasks at a time; on several GPUs: of each. Default: as many as cores and memory allow."),
+    click.option("--device", metavar="DEVICE",
+                 help="cpu (default), cuda (every visible GPU), cuda:0, or several: cuda:0,cuda:1."),
     click.option("--scheduler", metavar="NAME|ADDRESS",
-                 help="threads (default), sync, distributed, or a Dask scheduler such as tcp://host:8786."),
+                 help="threads (default), sync, distributed, dask-cuda, or a Dask scheduler such as tcp://host:8786."),
+    click.option("--writes", metavar="shared|exclusive",
+                 help="exclusive: each output file is written by workers of one machine only, for file systems that do "
+                 "not keep the writes of several apart. Default: shared."),
     click.option("--overwrite/--no-overwrite", default=None,
                  help="Replace an existing output, once the new one is complete."),
 ]  # fmt: skip
@@ -203,7 +207,7 @@ def _recipe(
     base: Recipe, stages: dict[str, dict[str, Any]], source: tuple[str, ...], destination: str, options: dict[str, Any]
 ) -> Recipe:  # fmt: skip
     """These stages, with how and where to write as given or as ``base`` has it."""
-    run = {**vars(base.run), **_given(options, {name: name for name in ("workers", "device", "scheduler")})}
+    run = {**vars(base.run), **_given(options, {name: name for name in ("workers", "device", "scheduler", "writes")})}
     if options.get("memory") is not None:
         run["memory"] = parse_size(options["memory"], "--memory")
     output = vars(base.output) if base.output else {}

@@ -32,16 +32,17 @@ class Pipeline:
 
     Args:
         memory: What the process may use, in bytes or as ``"8GB"``; by default half of what is free.
-        workers: Tasks at a time; by default as many as cores and memory allow.
-        device: ``cpu``, ``cuda`` or ``cuda:<index>``.
-        scheduler: ``threads``, ``sync``, ``distributed`` or the address of a Dask scheduler.
+        workers: Tasks at a time (on several GPUs: of each); by default as many as cores and memory allow.
+        device: ``cpu``, ``cuda`` (every visible GPU), ``cuda:<index>``, or several such as ``cuda:0,cuda:1``.
+        scheduler: ``threads``, ``sync``, ``distributed``, ``dask-cuda`` or the address of a Dask scheduler.
+        writes: ``shared``, or ``exclusive``: each file is written by workers of one machine only.
     """
 
     __slots__ = ("_recipe",)
 
     def __init__(self, *, memory: int | str | None = None, workers: int | None = None, device: str = "cpu",
-                 scheduler: str = "threads") -> None:  # fmt: skip
-        self._recipe = Recipe(run=Run(parse_size(memory, "memory"), workers, device, scheduler))
+                 scheduler: str = "threads", writes: str = "shared") -> None:  # fmt: skip
+        self._recipe = Recipe(run=Run(parse_size(memory, "memory"), workers, device, scheduler, writes))
 
     @classmethod
     def from_recipe(cls, recipe: Recipe | str | os.PathLike[str]) -> Pipeline:

@@ -20,7 +20,8 @@ from .sizes import parse_size
 
 RECIPE_VERSION = 1
 DIALECTS = ("comfy",)
-SCHEDULERS = ("threads", "sync", "distributed")
+SCHEDULERS = ("threads", "sync", "distributed", "dask-cuda")
+WRITES = ("shared", "exclusive")
 
 
 @dataclass(frozen=True)
@@ -55,17 +56,25 @@ class Run:
     workers: int | None = None
     """Tasks at a time; None: as many as cores and memory allow."""
     device: str = "cpu"
-    """cpu, cuda or cuda:<index>."""
+    """cpu, cuda (every visible GPU), cuda:<index>, or several such as cuda:0,cuda:1: a process for each."""
     scheduler: str = "threads"
-    """threads, sync, distributed (a local cluster), or the address of a Dask scheduler."""
+    """threads, sync, distributed (a local cluster), dask-cuda (one of GPUs), or the address of a Dask scheduler."""
+    writes: str = "shared"
+    """shared: every worker writes into every file; exclusive: each file is written by workers of one machine only, for
+    file systems that do not keep the writes of several machines apart."""
 
     def __post_init__(self) -> None:
         check_types("run", Run, vars(self))
         if self.scheduler not in SCHEDULERS and "://" not in self.scheduler:
             hint = did_you_mean(self.scheduler, SCHEDULERS)
             raise UsageError(f"unknown scheduler {shown(self.scheduler)}{hint}; or an address such as tcp://host:8786")
-        if not re.fullmatch(r"cpu|cuda(:[0-9]{1,9})?", self.device):
-            raise UsageError(f"unknown device {shown(self.device)}; known: cpu, cuda, cuda:0")
+        if not re.fullmatch(r"cpu|cuda|cuda:[0-9]{1,9}(,cuda:[0-9]{1,9})*", self.device):
+            raise UsageError(f"unknown device {shown(self.device)}; known: cpu, cuda, cuda:0, cuda:0,cuda:1")
+        named = self.device.split(",")
+        if twice := [name for name in named if named.count(name) > 1]:
+            raise UsageError(f"device {shown(self.device)} names {twice[0]} twice")
+        if self.writes not in WRITES:
+            raise UsageError(f"unknown writes {shown(self.writes)}{did_you_mean(self.writes, WRITES)}")
         if self.workers is not None and self.workers < 1:
             raise UsageError(f"{self.workers} workers: at least one is needed")
         if self.memory is not None and self.memory < 1:
