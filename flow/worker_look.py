@@ -5,6 +5,7 @@ Only the standard library, on top of what distributed itself needs; the same tex
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.metadata
 import os
@@ -34,10 +35,8 @@ def _versions() -> dict[str, Any]:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             found[name] = None
-    try:
+    with contextlib.suppress(ImportError):
         found["quantloom"] = importlib.import_module("quantloom").__version__
-    except ImportError:
-        pass
     return found
 
 

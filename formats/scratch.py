@@ -49,8 +49,8 @@ _TURNS = 2
 def upload(key: str, count: int, device: torch.device, fill: Callable[[memoryview], None]) -> torch.Tensor:
     """``count`` bytes that ``fill`` writes into host memory, uint8 (count,) on ``device``.
 
-    On a CPU it is scratch memory. For a GPU the host memory is page-locked, and the copy goes on in this thread's stream
-    while the thread reads the next chunk into another buffer; none is filled again before its copy is over.
+    On a CPU it is scratch memory. For a GPU the host memory is page-locked, and the copy goes on in this thread's
+    stream while the thread reads the next chunk into another buffer; none is filled again before its copy is over.
     """
     if device.type == "cpu":
         target = scratch(key, (count,), torch.uint8, device)
