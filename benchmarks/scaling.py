@@ -1,4 +1,4 @@
-"""One conversion on 1, 2, 4 ... GPUs (or worker processes): time, equal bytes, busy share, memory, and what storage does.
+"""One conversion on 1, 2, 4 ... GPUs (or worker processes): time, equal bytes, busy share, memory, storage rates.
 
     python benchmarks/scaling.py --gb 24 --gpus 1,2,4 --folder /dev/shm --json scaling.json
     python benchmarks/scaling.py --gb 0.05 --device cpu --workers 1,2        # on any machine
@@ -73,6 +73,8 @@ def make_source(path: Path, gigabytes: float, width: int, device: str) -> None:
         for shape in shapes:
             weight = torch.randn(shape, generator=generator, device=device).mul_(0.02).bfloat16()
             file.write(weight.view(torch.uint8).cpu().numpy().data)
+    if device == "cuda":
+        torch.cuda.empty_cache()
 
 
 def digest(path: Path) -> str:
@@ -233,7 +235,8 @@ def main() -> None:
         read, write = storage_rates(source, folder, size * 9 // 32, arguments.threads)
         result |= {"read_gb_s": read, "write_gb_s": write}
         print(f"{name}, torch {torch.__version__}, {os.cpu_count()} cores; source {size / 1e9:.2f} GB")
-        print(f"storage, {arguments.threads} threads: read {read:.2f} GB/s, write and sync {write:.2f} GB/s", flush=True)
+        rates = f"read {read:.2f} GB/s, write and sync {write:.2f} GB/s"
+        print(f"storage, {arguments.threads} threads: {rates}", flush=True)
         seen: dict[str, str] = {}
         for rounding in arguments.roundings.split(","):
             for count in counts:
