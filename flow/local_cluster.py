@@ -122,7 +122,12 @@ def undisturbed() -> Iterator[None]:
             before[number] = signal.signal(number, lambda number, _frame: came.append(number))
     except ValueError:  # only the main thread may say what a signal does
         before = {}
-    masked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT]) if hasattr(signal, "pthread_sigmask") else None
+    masked = None
+    if hasattr(signal, "pthread_sigmask"):
+        from multiprocessing import resource_tracker
+
+        resource_tracker.ensure_running()  # whichever thread starts it lets Ctrl-C through from then on
+        masked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         yield
     finally:

@@ -78,7 +78,7 @@ def test_another_quantloom_is_refused(versions: dict[str, str], words: str, clie
 
 def test_a_worker_without_quantloom_or_torch_is_refused() -> None:
     own = cluster_checks.own_versions()
-    for lacking, words in (("quantloom", "w does not have quantloom, this process"), ("torch", "w does not have torch")):
+    for lacking, words in (("quantloom", "w does not have quantloom, this"), ("torch", "w does not have torch")):
         with pytest.raises(PlanError, match=words):
             cluster_checks._check_versions("w", {**own, lacking: None})
 
@@ -95,7 +95,7 @@ def test_the_question_needs_nothing_of_ours(tmp_path: Path) -> None:
 
 
 def test_other_differences_are_warned_of(client: Any, source: Path, expected: bytes, tmp_path: Path,
-                                         monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:  # fmt: skip
+                                         monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:  # fmt: skip
     other_look(monkeypatch, numpy="1.0", torch=worker_look._versions()["torch"].partition("+")[0] + "+cu999")
     flow(source, tmp_path / "o.safetensors").compute(client)
     assert (tmp_path / "o.safetensors").read_bytes() == expected
@@ -166,10 +166,9 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str
 def encrypted(certificates: dict[str, dict[str, str]]) -> Iterator[str]:
     """The address of a cluster that speaks TLS only."""
     options = {"n_workers": 2, "threads_per_worker": 1, "processes": False, "protocol": "tls://"}
-    with (
-        dask.config.set({**certificates["friend"], "distributed.comm.require-encryption": True}),
-        distributed.LocalCluster(**options, security=distributed.Security(), **QUIET) as made,
-    ):
+    with dask.config.set({**certificates["friend"], "distributed.comm.require-encryption": True}):
+        made = distributed.LocalCluster(**options, security=distributed.Security(), **QUIET)
+    with made:
         yield made.scheduler_address
 
 
@@ -191,7 +190,8 @@ def test_tls_end_to_end(encrypted: str, certificates: Any, source: Path, expecte
     (None, "tls", UsageError, "no certificates are configured; set distributed.comm.tls.ca-file"),
 ])  # fmt: skip
 def test_who_is_refused(who: str | None, scheme: str, error: type[Exception], words: str, encrypted: str,
-                        certificates: Any, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+                        certificates: Any, source: Path, tmp_path: Path,
+                        monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     monkeypatch.setattr(cluster, "CONNECT_SECONDS", 2)
     address = encrypted.replace("tls://", f"{scheme}://")
     none = dict.fromkeys(certificates["friend"], None)
@@ -257,7 +257,8 @@ def test_each_file_is_written_by_one_machine(tmp_path: Path, monkeypatch: pytest
 
     def noted(self: Writer, buffer: Any, offset: int) -> None:
         with contextlib.suppress(ValueError):  # the client itself writes headers and constants
-            wrote[Path(self.path).name].add(distributed.get_worker().ip)
+            host = distributed.get_worker().ip
+            wrote[Path(self.path).name].add(host)
         write(self, buffer, offset)
 
     monkeypatch.setattr(Writer, "write", noted)
@@ -412,7 +413,7 @@ def offspring(process: int, least: int, seconds: float = 60) -> list[psutil.Proc
 @pytest.mark.parametrize("after", [0.0, 0.7])
 def test_ctrl_c_while_a_local_cluster_starts(after: float, slow_source: Path, tmp_path: Path) -> None:
     with converting(slow_source, tmp_path) as process:
-        offspring(process.pid, 2)  # a resource tracker, and a worker that is just coming up
+        offspring(process.pid, 2)  # Python's resource tracker, and a worker that is just coming up
         time.sleep(after)
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to every process
         told, _ = process.communicate(timeout=60)
