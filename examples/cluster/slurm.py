@@ -21,7 +21,7 @@ def make_cluster(arguments: argparse.Namespace) -> Any:
     """dask-jobqueue's cluster; its jobs end with it."""
     import dask_jobqueue
 
-    # One process a job; its threads are tasks at a time. Six of them keep a GPU busy: one computes, others read and write.
+    # One process a job; its threads are tasks at a time. Six keep a GPU busy: one computes, others read and write.
     common = {"processes": 1, "cores": arguments.tasks, "memory": arguments.memory, "death_timeout": 60}
     if arguments.local:
         from dask_jobqueue.local import LocalCluster
