@@ -4,9 +4,10 @@
     python benchmarks/scaling.py --gb 0.05 --device cpu --workers 1,2        # on any machine
 
 The checkpoint (layers like Flux's: 3072 x 3072 to 12288 x 3072, BF16) is made once in ``--folder`` and stays there
-with --keep. Each conversion is a process of its own that sees so many GPUs by CUDA_VISIBLE_DEVICES. The storage rate
-is that of the same folder: as many bytes as the output has are written and synced, and the source is read, by as many
-threads as ``--threads``. A run that would begin after ``--seconds`` is left out.
+with --keep. Each conversion is a process of its own that sees so many GPUs by CUDA_VISIBLE_DEVICES. Work begins when
+the worker processes are there (one GPU needs none) and ends with the commit. The storage rate is that of the same
+folder: as many bytes as the output has are written and synced, and the source is read, by as many threads as
+``--threads``. A run that would begin after ``--seconds`` is left out.
 """
 
 from __future__ import annotations
@@ -37,14 +38,24 @@ LAYER = (
 )  # fmt: skip
 """A block's linear layers: rows and columns in widths of the model."""
 CHILD = """
-import json, sys, time
+import json, logging, sys, time
 from quantloom import Pipeline
+
+class Clock(logging.Handler):
+    ready = 0.0
+
+    def emit(self, record):
+        if "tasks at a time" in record.msg or record.msg == "workers are ready":
+            self.ready = time.perf_counter()
 
 def main():
     source, output, rounding, run = json.loads(sys.argv[1])
+    clock = Clock()
+    logging.getLogger("quantloom.flow").addHandler(clock)
+    logging.getLogger("quantloom.flow").setLevel(logging.INFO)
     began = time.perf_counter()
     report = Pipeline(**run).read(source).quantize("nvfp4", rounding=rounding).write(output, overwrite=True)
-    print(json.dumps({"seconds": report.seconds, "wall": time.perf_counter() - began}))
+    print(json.dumps({"seconds": report.seconds, "work": time.perf_counter() - clock.ready}))
 
 if __name__ == "__main__":
     main()
@@ -183,20 +194,22 @@ def convert(source: Path, output: Path, rounding: str, count: int, arguments: ar
         raise SystemExit(f"{rounding} on {count}: {problems[-2000:]}")
     told = json.loads(printed.splitlines()[-1])
     return {"rounding": rounding, "count": count, "process_seconds": round(time.perf_counter() - began, 3),
-            "seconds": told["seconds"], **sampled}  # fmt: skip
+            "seconds": told["seconds"], "work": round(told["work"], 3), **sampled}  # fmt: skip
 
 
 def show(rows: list[dict[str, Any]], source_bytes: int) -> None:
     """A table; speed is against the smallest count of the same rounding."""
-    print("\n| rounding | count | s | source GB/s | speed | busy | largest RSS MB | GPU MB per process | equal bytes |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    print("\n| rounding | count | s | of it work | source GB/s | speed | speed of work | busy | largest RSS MB | "
+          "GPU MB per process | equal bytes |")  # fmt: skip
+    print("|---|---|---|---|---|---|---|---|---|---|---|")
     first: dict[str, dict[str, Any]] = {}
     for row in rows:
         base = first.setdefault(row["rounding"], row)
         speed = base["seconds"] / row["seconds"]
         cells = [
-            row["rounding"], row["count"], f"{row['seconds']:.2f}", f"{source_bytes / row['seconds'] / 1e9:.2f}",
-            f"{speed:.2f}", " ".join(f"{share:.0%}" for share in row["busy"]) or "-",
+            row["rounding"], row["count"], f"{row['seconds']:.2f}", f"{row['work']:.2f}",
+            f"{source_bytes / row['work'] / 1e9:.2f}", f"{speed:.2f}", f"{base['work'] / row['work']:.2f}",
+            " ".join(f"{share:.0%}" for share in row["busy"]) or "-",
             " ".join(f"{used / 1e6:.0f}" for used in row["resident"][: row["count"] + 1]),
             " ".join(f"{used / 1e6:.0f}" for used in row["device"]) or "-", row["equal"],
         ]  # fmt: skip

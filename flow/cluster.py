@@ -40,6 +40,7 @@ def run_distributed(
             _wait_for_workers(client)
             check_workers(client, budget, place)
         keys = list(layers_of)
+        _log.info("workers are ready")
         futures = _submitted(client, graph, layers_of, place)
         try:
             key_of = {future.key: key for future, key in zip(futures, keys, strict=True)}
