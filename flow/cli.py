@@ -15,6 +15,7 @@ from .. import __version__
 from ..formats.registry import FORMATS
 from . import console
 from .activations_cli import calibrate_activations
+from .assemble_cli import assemble
 from .calibrate_cli import calibrate
 from .dequantize_cli import dequantize
 from .edit_cli import edit
@@ -81,7 +82,8 @@ def cli() -> None:
 def convert(source: str, destination: str, **options: Any) -> int:
     """Quantize SOURCE (a .safetensors file, folder, index.json or glob) into DESTINATION.
 
-    DESTINATION is one file if it ends in .safetensors, otherwise a folder with shards, index and configuration.
+    DESTINATION is one file if it ends in .safetensors, a store for workers without a shared disk if it ends in .zarr (also
+    s3://bucket/out.zarr; then `quantloom assemble`), otherwise a folder with shards, index and configuration.
     """
     return run_recipe(lambda: build_recipe((source,), destination, options), options)
 
@@ -114,7 +116,7 @@ def _unused_name() -> str:
     return name
 
 
-for command in (extract_lora, calibrate, calibrate_activations, dequantize, edit, hybrid, migrate):
+for command in (assemble, extract_lora, calibrate, calibrate_activations, dequantize, edit, hybrid, migrate):
     cli.add_command(command)
 
 

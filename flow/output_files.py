@@ -7,6 +7,7 @@ import os
 import re
 from pathlib import Path
 
+from ..formats.errors import CheckpointError
 from ..formats.shards import SUFFIX, index_file, is_single_file, stem_of
 from .plan import Plan
 
@@ -95,3 +96,15 @@ def sidecars_of(plan: Plan) -> list[tuple[Path, Path]]:
     if not plan.shards or is_single_file(plan.output.path):
         return []
     return [(path, folder_of(plan) / path.name) for path in plan.source.sidecars]
+
+
+def sidecar_content(plan: Plan, path: Path) -> bytes:
+    """The file as it is; a quantization that is gone is not declared in the configuration."""
+    config = plan.source.config
+    if path.name == "config.json" and config and "quantization_config" in config and not plan.verbatim:
+        kept = {key: value for key, value in config.items() if key != "quantization_config"}
+        return (json.dumps(kept, indent=2, ensure_ascii=False) + "\n").encode()
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error

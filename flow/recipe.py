@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 
 from ..formats.errors import CheckpointError, UsageError, did_you_mean, shown
 from ..formats.safetensors import parse_json
+from ..formats.shards import STORE_SUFFIX, is_store
+from ..formats.urls import hide, is_url, shown_url
 from ..stages.stage import VERBS, Stage, check_types, make_stage
 from .sizes import parse_size
 
@@ -28,7 +30,7 @@ class Output:
     """Where the result goes, and in which dialect."""
 
     path: str
-    """A ``.safetensors`` file, or a folder for shards, index and sidecar files."""
+    """A ``.safetensors`` file, a folder for shards, index and sidecar files, or a ``.zarr`` store that is assembled."""
     dialect: str = "comfy"
     shard_bytes: int | None = None
     """Largest shard; None: one file, or 5 GB in a folder."""
@@ -40,6 +42,11 @@ class Output:
         if not self.path:
             raise UsageError("the path of the output is empty")
         _check_path("output", self.path)
+        if is_url(self.path) and not is_store(hide(self.path)):
+            raise UsageError(
+                f"output: {shown_url(self.path)}: only a store that ends in {STORE_SUFFIX} is written to a URL, and "
+                "`quantloom assemble STORE OUT` makes files of it, there or here"
+            )
         if self.dialect not in DIALECTS:
             raise UsageError(f"unknown dialect {shown(self.dialect)}{did_you_mean(self.dialect, DIALECTS)}")
         if self.shard_bytes is not None and self.shard_bytes < 1:

@@ -9,20 +9,29 @@ and the folders that it made.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import stat
 from collections.abc import Iterator, Sequence
 from itertools import takewhile
 from pathlib import Path
 
-from ..formats.errors import CheckpointError, PlanError, SinkError
+from ..formats.errors import PlanError, SinkError
 from ..formats.fileio import Writer, create_sparse, free_bytes, sync_dir, sync_file
-from ..formats.shards import SUFFIX, index_file, is_single_file
+from ..formats.shards import SUFFIX, index_file, is_single_file, is_store
 from ..stages.work import Receipt
 from ..stages.writing import PART_SUFFIX
+from . import zarr_sink
 from .commit import PREVIOUS_SUFFIX, check_unchanged, exchange, hold, part
-from .output_files import final_paths, folder_of, folders_of, leftovers, locks_of, sidecars_of, stale_files
+from .output_files import (
+    final_paths,
+    folder_of,
+    folders_of,
+    leftovers,
+    locks_of,
+    sidecar_content,
+    sidecars_of,
+    stale_files,
+)
 from .plan import Plan
 from .sizes import show_size
 
@@ -32,6 +41,9 @@ _SPARE_BYTES = 1 << 20
 
 def check_output(plan: Plan) -> None:
     """Refuses, before any work, an output that exists, a place that cannot be one, and a disk that is too small."""
+    if is_store(plan.output.path):
+        zarr_sink.check_output(plan)
+        return
     output = Path(plan.output.path)
     try:
         _check_kind(plan, output)
@@ -54,6 +66,10 @@ def open_sink(plan: Plan, receipts: Sequence[Receipt] = ()) -> Iterator[None]:
 
     ``receipts`` are looked at when the block ends: the adapter's header tells what it brought.
     """
+    if is_store(plan.output.path):
+        with zarr_sink.open_sink(plan, receipts):
+            yield
+        return
     folders = _make_folders(plan)
     try:
         with hold(locks_of(plan)):
@@ -165,7 +181,7 @@ def _finish_adapter(plan: Plan, receipts: Sequence[Receipt]) -> None:
 def _commit(plan: Plan) -> None:
     """Makes the output real: everything is on the device before the first name changes."""
     for source, target in sidecars_of(plan):
-        _write_part(target, _sidecar_content(plan, source))
+        _write_part(target, sidecar_content(plan, source))
     if (index := index_file(plan.shards)) is not None:
         _write_part(*index)
     paths = final_paths(plan)
@@ -186,18 +202,6 @@ def _commit(plan: Plan) -> None:
 
 def _sidecar_bytes(plan: Plan) -> int:
     return sum(source.stat().st_size for source, _ in sidecars_of(plan))
-
-
-def _sidecar_content(plan: Plan, path: Path) -> bytes:
-    """The file as it is; a quantization that is gone is not declared in the configuration."""
-    config = plan.source.config
-    if path.name == "config.json" and config and "quantization_config" in config and not plan.verbatim:
-        kept = {key: value for key, value in config.items() if key != "quantization_config"}
-        return (json.dumps(kept, indent=2, ensure_ascii=False) + "\n").encode()
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def _write_part(path: Path, content: bytes) -> None:

@@ -64,9 +64,11 @@ def read_header(path: str | Path) -> Header:
     safetensors file whose data fills the rest of the file exactly.
     """
     with Reader(path) as reader:
-        head = _read_head(reader)
-        size = reader.size
-    where = str(path)
+        return parse_head(str(path), _read_head(reader), reader.size)
+
+
+def parse_head(where: str, head: bytes, size: int) -> Header:
+    """The header of a file of ``size`` bytes that begins with ``head``, checked as `read_header` does."""
     table = parse_json(head[8:], f"{where}: header")
     if not isinstance(table, dict):
         raise CheckpointError(f"{where}: header is a JSON {type(table).__name__}, not an object")

@@ -1,0 +1,72 @@
+"""The files that a store becomes: as they are in it, or one file of all its shards."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .checksums import Piece
+from .output_store import OutputStore, StoredShard, StoredTensor
+from .safetensors import layout
+from .shards import SUFFIX, Shard, index_file
+from .tensors import Slot
+
+
+@dataclass(frozen=True)
+class FileLayout:
+    """One file: its head, and the tensors behind it."""
+
+    name: str
+    head: bytes
+    size: int
+    tensors: tuple[tuple[StoredTensor, Sequence[Piece]], ...]
+    """In the order of their bytes, with the checksums of what was written of them."""
+
+
+@dataclass(frozen=True)
+class Files:
+    """All files with tensors, and the index."""
+
+    files: tuple[FileLayout, ...]
+    index: tuple[str, bytes] | None
+
+
+def lay_out_files(store: OutputStore, single: str | None) -> Files:
+    """What the conversion would have written to a folder, or to the file ``single``.
+
+    Raises CheckpointError for a store that lies. Such a file is one, unless a size of shards was asked for.
+    """
+    shards = [store.shard(number) for number in range(1, len(store.table.shards) + 1)]
+    pieces = [store.pieces(number, shard) for number, shard in enumerate(shards, 1)]
+    if single is not None and not store.table.split and len(shards) > 1:
+        return Files((_joined(shards, pieces, single),), None)
+    names = [shard.name for shard in shards]
+    if single is not None:
+        names = [single.removesuffix(SUFFIX) + _ending(shard.name) for shard in shards] if len(shards) > 1 else [single]
+    files = tuple(
+        FileLayout(name, shard.head, shard.size, tuple(zip(shard.tensors, own, strict=True)))
+        for name, shard, own in zip(names, shards, pieces, strict=True)
+    )
+    index = index_file([_as_shard(file) for file in files])
+    return Files(files, None if index is None else (index[0].name, index[1]))
+
+
+def _ending(name: str) -> str:
+    found = re.search(r"-\d{5}-of-\d{5}\.safetensors$", name)
+    return found[0] if found else f"-{name}"
+
+
+def _joined(shards: Sequence[StoredShard], pieces: Sequence[Sequence[Sequence[Piece]]], name: str) -> FileLayout:
+    """One file: wider dtypes first, those of one dtype in the order that they have across shards."""
+    tensors = [(tensor, own) for shard, found in zip(shards, pieces, strict=True)
+               for tensor, own in zip(shard.tensors, found, strict=True)]  # fmt: skip
+    head, starts, size = layout([tensor.ref for tensor, _ in tensors], shards[0].metadata)
+    order = sorted(range(len(tensors)), key=lambda index: (starts[index], tensors[index][0].ref.nbytes))
+    return FileLayout(name, head, size, tuple(tensors[index] for index in order))
+
+
+def _as_shard(file: FileLayout) -> Shard:
+    refs = [tensor.ref for tensor, _ in file.tensors]
+    slots = tuple(Slot(ref.name, ref.dtype, ref.shape, file.name, ref.start) for ref in refs)
+    return Shard(file.name, file.head, file.size, slots)
