@@ -1,7 +1,7 @@
 """A store of output tensors: created with everything that is known before work, closed with checksums, read back.
 
-Two arrays of bytes lie beside those of the tensors: ``files`` holds, for each shard, its header and the sizes of its
-tensors' chunks, then configuration and tokenizer files; ``checksums`` what tasks wrote.
+Two arrays of bytes lie beside those of the tensors: ``files`` holds, for each shard, its header and a list of its
+tensors in the order of the plan, then configuration and tokenizer files; ``checksums`` what tasks wrote.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import Any
 
 from .checksums import Piece, covers
 from .errors import CheckpointError, shown
@@ -17,7 +18,7 @@ from .objects import Objects
 from .safetensors import parse_head, parse_json
 from .shards import Shard
 from .store_table import ShardEntry, SidecarEntry, Table, group_document, read_table, write_table
-from .tensors import TensorRef, TensorSpec
+from .tensors import Slot, TensorRef, TensorSpec
 from .zarr_store import (
     CHUNK_BYTES,
     METADATA,
@@ -60,6 +61,8 @@ class StoredShard:
     metadata: Mapping[str, str]
     tensors: tuple[StoredTensor, ...]
     """In the order of their bytes."""
+    planned: tuple[StoredTensor, ...]
+    """In the order of the plan, which an index and other headers have."""
 
 
 def table_of(plan: str, program: str, split: bool, shards: Sequence[Shard], chunks: Mapping[str, int],
@@ -67,8 +70,9 @@ def table_of(plan: str, program: str, split: bool, shards: Sequence[Shard], chun
     """The table of an output, and the content of its array ``files``. ``chunks``: bytes of a chunk, by tensor."""
     entries, content = [], []
     for shard in shards:
-        ordered = sorted(shard.slots, key=lambda slot: (slot.start, slot.nbytes))
-        sizes = json.dumps([chunks[slot.name] for slot in ordered], separators=(",", ":")).encode()
+        places = {slot.name: place for place, slot in enumerate(_by_bytes(shard))}
+        rows = [[places[slot.name], chunks[slot.name]] for slot in shard.slots]
+        sizes = json.dumps(rows, separators=(",", ":")).encode()
         name = shard.path.replace("\\", "/").rpartition("/")[2]
         entries.append(ShardEntry(name, shard.size, len(shard.head), len(sizes)))
         content += [shard.head, sizes]
@@ -105,8 +109,7 @@ def close_store(objects: Objects, table: Table, shards: Sequence[Shard], pieces:
     """Adds checksums, by tensor, and with them says that the store is complete."""
     lists = []
     for shard in shards:
-        ordered = sorted(shard.slots, key=lambda slot: (slot.start, slot.nbytes))
-        found = [sorted(pieces.get(slot.name, ()), key=lambda piece: piece.start) for slot in ordered]
+        found = [sorted(pieces.get(slot.name, ()), key=lambda piece: piece.start) for slot in _by_bytes(shard)]
         rows = [[[piece.start, piece.nbytes, piece.checksum] for piece in own] for own in found]
         lists.append(json.dumps(rows, separators=(",", ":")).encode())
     _write_array(objects, _CHECKSUMS, b"".join(lists))
@@ -131,15 +134,18 @@ class OutputStore:
         if int.from_bytes(head[:8], "little") != len(head) - 8 or head[8:9] != b"{":
             raise CheckpointError(f"{where}: header of {len(head)} bytes does not begin as one")
         header = parse_head(where, head, entry.size)
-        sizes = parse_json(self._files(before + entry.head, entry.chunks), where)
-        if not isinstance(sizes, list) or len(sizes) != len(header.refs):
-            raise CheckpointError(f"{where}: {len(header.refs)} tensors, but other sizes of chunks")
-        tensors = []
-        for ref, size in zip(header.refs, sizes, strict=True):
-            if type(size) is not int or not 1 <= size <= CHUNK_BYTES:
-                raise CheckpointError(f"{where}: {shown(ref.name)}: chunks of {shown(size)} bytes; 1 to {CHUNK_BYTES}")
-            tensors.append(StoredTensor(ref, array_key(number, ref.start), size))
-        return StoredShard(entry.name, head, entry.size, header.metadata, tuple(tensors))
+        rows = parse_json(self._files(before + entry.head, entry.chunks), where)
+        found: dict[int, StoredTensor] = {}
+        try:
+            for place, size in rows:
+                ref = header.refs[_within(place, 0, len(header.refs) - 1)]
+                found[place] = StoredTensor(ref, array_key(number, ref.start), _within(size, 1, CHUNK_BYTES))
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"{where}: its list of tensors is none: {error}") from None
+        if len(found) != len(header.refs):
+            raise CheckpointError(f"{where}: {len(header.refs)} tensors, {len(found)} in its list")
+        tensors = tuple(found[place] for place in range(len(found)))
+        return StoredShard(entry.name, head, entry.size, header.metadata, tensors, tuple(found.values()))
 
     def pieces(self, number: int, shard: StoredShard) -> list[list[Piece]]:
         """Of a complete store, the checksums of every tensor of a shard, in order."""
@@ -180,6 +186,17 @@ class OutputStore:
 
     def _files(self, start: int, nbytes: int) -> bytes:
         return _read_array(self.objects, _FILES, self.table.files_bytes, start, nbytes)
+
+
+def _by_bytes(shard: Shard) -> list[Slot]:
+    """Slots as a header has them that is read."""
+    return sorted(shard.slots, key=lambda slot: (slot.start, slot.nbytes))
+
+
+def _within(value: Any, least: int, most: int) -> int:
+    if type(value) is not int or not least <= value <= most:
+        raise ValueError(f"{shown(value)} is no number from {least} to {most}")
+    return value
 
 
 def _write_array(objects: Objects, key: str, content: bytes) -> None:

@@ -48,7 +48,7 @@ def lay_out_files(store: OutputStore, single: str | None) -> Files:
         FileLayout(name, shard.head, shard.size, tuple(zip(shard.tensors, own, strict=True)))
         for name, shard, own in zip(names, shards, pieces, strict=True)
     )
-    index = index_file([_as_shard(file) for file in files])
+    index = index_file([_named(shard, name) for shard, name in zip(shards, names, strict=True)])
     return Files(files, None if index is None else (index[0].name, index[1]))
 
 
@@ -58,15 +58,17 @@ def _ending(name: str) -> str:
 
 
 def _joined(shards: Sequence[StoredShard], pieces: Sequence[Sequence[Sequence[Piece]]], name: str) -> FileLayout:
-    """One file: wider dtypes first, those of one dtype in the order that they have across shards."""
-    tensors = [(tensor, own) for shard, found in zip(shards, pieces, strict=True)
-               for tensor, own in zip(shard.tensors, found, strict=True)]  # fmt: skip
-    head, starts, size = layout([tensor.ref for tensor, _ in tensors], shards[0].metadata)
-    order = sorted(range(len(tensors)), key=lambda index: (starts[index], tensors[index][0].ref.nbytes))
-    return FileLayout(name, head, size, tuple(tensors[index] for index in order))
+    """One file of all tensors."""
+    own = {tensor.array: found for shard, lists in zip(shards, pieces, strict=True)
+           for tensor, found in zip(shard.tensors, lists, strict=True)}  # fmt: skip
+    tensors = [tensor for shard in shards for tensor in shard.planned]
+    head, starts, size = layout([tensor.ref for tensor in tensors], shards[0].metadata)
+    order = sorted(range(len(tensors)), key=lambda index: (starts[index], tensors[index].ref.nbytes))
+    return FileLayout(name, head, size, tuple((tensors[index], own[tensors[index].array]) for index in order))
 
 
-def _as_shard(file: FileLayout) -> Shard:
-    refs = [tensor.ref for tensor, _ in file.tensors]
-    slots = tuple(Slot(ref.name, ref.dtype, ref.shape, file.name, ref.start) for ref in refs)
-    return Shard(file.name, file.head, file.size, slots)
+def _named(shard: StoredShard, name: str) -> Shard:
+    """A shard under its final name."""
+    refs = [tensor.ref for tensor in shard.planned]
+    slots = tuple(Slot(ref.name, ref.dtype, ref.shape, name, ref.start) for ref in refs)
+    return Shard(name, shard.head, shard.size, slots)

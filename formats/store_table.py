@@ -35,7 +35,7 @@ class ShardEntry:
     head: int
     """Bytes of its length and header ..."""
     chunks: int
-    """... and of the JSON list of its tensors' chunk sizes, both in the array ``files``."""
+    """... and of the JSON list of its tensors, [place among its bytes, bytes of a chunk], both in the array ``files``."""
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,8 @@ def chunk_bytes(spec: TensorSpec, parts: Parts = ()) -> int:
     rows = spec.shape[0] if spec.shape else 1
     if rows < count or spec.nbytes % rows:
         return max(1, -(-spec.nbytes // max(1, count)))
-    return max(1, -(-rows // max(1, count)) * spec.row_bytes)
+    together = min(-(-rows // max(1, count)), CHUNK_BYTES // max(1, spec.row_bytes))
+    return max(1, together * spec.row_bytes)
 
 
 def chunk_length(nbytes: int, chunk: int, number: int) -> int:
