@@ -151,8 +151,8 @@ def _copy(
     source: OutputStore, tensor: StoredTensor, pieces: Sequence[Piece], out: Out, chunks: Iterator[memoryview]
 ) -> None:
     """Writes chunks; CheckpointError when they are not what tasks said they wrote."""
-    left = iter(pieces)
-    piece, running, room = next(left, None), xxhash.xxh3_64(), 0
+    left = (piece for piece in pieces if piece.nbytes)
+    piece, running = next(left, None), xxhash.xxh3_64()
     room = piece.nbytes if piece else 0
     for chunk in chunks:
         out.write(chunk)
@@ -161,12 +161,13 @@ def _copy(
             taken = chunk[:room]
             running.update(taken)
             room, chunk = room - len(taken), chunk[len(taken) :]
-            if not room:
-                if running.hexdigest() != piece.checksum:
-                    raise CheckpointError(
-                        f"{source.objects.root}/{tensor.array}: tensor {shown(tensor.ref.name)}: bytes {piece.start} to "
-                        f"{piece.start + piece.nbytes} have the checksum {running.hexdigest()}, {piece.checksum} was "
-                        "written; convert again"
-                    )
-                piece, running = next((each for each in left if each.nbytes), None), xxhash.xxh3_64()
-                room = piece.nbytes if piece else 0
+            if room:
+                continue
+            if (found := running.hexdigest()) != piece.checksum:
+                raise CheckpointError(
+                    f"{source.objects.root}/{tensor.array}: tensor {shown(tensor.ref.name)}: bytes {piece.start} to "
+                    f"{piece.start + piece.nbytes} have the checksum {found}, but {piece.checksum} was written; convert "
+                    "again"
+                )
+            piece, running = next(left, None), xxhash.xxh3_64()
+            room = piece.nbytes if piece else 0

@@ -82,8 +82,8 @@ def cli() -> None:
 def convert(source: str, destination: str, **options: Any) -> int:
     """Quantize SOURCE (a .safetensors file, folder, index.json or glob) into DESTINATION.
 
-    DESTINATION is one file if it ends in .safetensors, a store for workers without a shared disk if it ends in .zarr (also
-    s3://bucket/out.zarr; then `quantloom assemble`), otherwise a folder with shards, index and configuration.
+    DESTINATION is one file if it ends in .safetensors, a store for workers without a shared disk if it ends in .zarr
+    (also s3://bucket/out.zarr; then `quantloom assemble`), otherwise a folder with shards, index and configuration.
     """
     return run_recipe(lambda: build_recipe((source,), destination, options), options)
 

@@ -22,6 +22,7 @@ from .fileio import Reader
 from .hints import PICKLES, found_instead, near
 from .journal import refuse_unfinished
 from .safetensors import Header, parse_json, read_header
+from .shards import is_store
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -95,6 +96,10 @@ def _open(where: str | Path | Sequence[str | Path]) -> Source:
         return _open_list([Path(item) for item in where])
     if not str(where):
         raise CheckpointError("the path of the checkpoint is empty")
+    if is_store(str(where)):
+        raise CheckpointError(
+            f"{where}: is a store, and no checkpoint yet: make files of it first, with `quantloom assemble {where} OUT`"
+        )
     path = Path(where)
     if path.is_dir():
         index = _index_of(path)

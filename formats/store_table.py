@@ -35,7 +35,7 @@ class ShardEntry:
     head: int
     """Bytes of its length and header ..."""
     chunks: int
-    """... and of the JSON list of its tensors, [place among its bytes, bytes of a chunk], both in the array ``files``."""
+    """... and of the JSON list of its tensors, [place among its bytes, bytes of a chunk]; both are in ``files``."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def _table(values: dict[str, Any]) -> Table:
         SidecarEntry(_name(item["name"]), _count(item, "nbytes", _MAX_SIDECAR_BYTES))
         for item in _list(values, "sidecars")
     )
-    names = [file.name.lower() for file in (*shards, *sidecars)]
+    names = [name.lower() for name in (*(shard.name for shard in shards), *(file.name for file in sidecars))]
     if not shards or len(set(names)) < len(names):
         raise ValueError("names no shard, or a file twice")
     if wrong := [shard.name for shard in shards if not shard.name.endswith(SUFFIX)]:
@@ -136,9 +136,10 @@ def _table(values: dict[str, Any]) -> Table:
 
 
 def _list(values: dict[str, Any], key: str) -> list[Any]:
-    if not isinstance(values[key], list):
+    found = values[key]
+    if not isinstance(found, list):
         raise ValueError(f"{key} is no list")
-    return values[key]
+    return found
 
 
 def _count(values: dict[str, Any], key: str, most: int = _MAX_BYTES) -> int:

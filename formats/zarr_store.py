@@ -138,7 +138,8 @@ class ArrayWriter:
         while len(content):
             number, within = divmod(offset, size)
             piece = content[: size - within]
-            whole, filled = self._open.pop((*place, number), None) or (bytearray(size + _CRC_BYTES), 0)
+            started = self._open.pop((*place, number), None)
+            whole, filled = (bytearray(size + _CRC_BYTES), 0) if started is None else started
             whole[within : within + len(piece)] = piece
             filled += len(piece)
             if filled < chunk_length(slot.nbytes, size, number):
