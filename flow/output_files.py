@@ -7,6 +7,7 @@ import os
 import re
 from pathlib import Path
 
+from ..formats.places import Place
 from ..formats.shards import SUFFIX, index_file, is_single_file, stem_of
 from .plan import Plan
 
@@ -90,7 +91,7 @@ def _shards_of(index: Path) -> set[str]:
     return {name for name in names if isinstance(name, str) and Path(name).name == name and name.endswith(SUFFIX)}
 
 
-def sidecars_of(plan: Plan) -> list[tuple[Path, Path]]:
+def sidecars_of(plan: Plan) -> list[tuple[Place, Path]]:
     """(source, target) of configuration and tokenizer files, for a folder output."""
     if not plan.shards or is_single_file(plan.output.path):
         return []

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from ..formats.errors import CheckpointError, PlanError, SinkError
 from ..formats.fileio import Writer, create_sparse, free_bytes, sync_dir, sync_file
+from ..formats.places import Place
 from ..formats.shards import SUFFIX, index_file, is_single_file
 from ..stages.work import Receipt
 from ..stages.writing import PART_SUFFIX
@@ -188,7 +189,7 @@ def _sidecar_bytes(plan: Plan) -> int:
     return sum(source.stat().st_size for source, _ in sidecars_of(plan))
 
 
-def _sidecar_content(plan: Plan, path: Path) -> bytes:
+def _sidecar_content(plan: Plan, path: Place) -> bytes:
     """The file as it is; a quantization that is gone is not declared in the configuration."""
     config = plan.source.config
     if path.name == "config.json" and config and "quantization_config" in config and not plan.verbatim:
