@@ -37,9 +37,15 @@ class _StderrHandler(logging.Handler):
 
     noisy: tuple[str, ...] = ()
     """Packages of which only errors are shown; they set the levels of their own loggers when they are imported."""
+    telling = (
+        "aiobotocore", "aiohttp", "botocore", "fsspec", "gcsfs", "google", "httpcore", "httpx", "huggingface_hub",
+        "s3fs", "urllib3",
+    )  # fmt: skip
+    """Packages that are never shown: they log requests with their signatures."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        if record.levelno >= logging.ERROR or record.name.partition(".")[0] not in self.noisy:
+        package = record.name.partition(".")[0]
+        if package not in self.telling and (record.levelno >= logging.ERROR or package not in self.noisy):
             sys.stderr.write(f"{record.levelname} {record.name}: {printable(record.getMessage())}\n")
 
 

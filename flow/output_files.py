@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 from ..formats.errors import CheckpointError
+from ..formats.places import Place
 from ..formats.shards import SUFFIX, index_file, is_single_file, stem_of
 from .plan import Plan
 
@@ -91,14 +92,14 @@ def _shards_of(index: Path) -> set[str]:
     return {name for name in names if isinstance(name, str) and Path(name).name == name and name.endswith(SUFFIX)}
 
 
-def sidecars_of(plan: Plan) -> list[tuple[Path, Path]]:
+def sidecars_of(plan: Plan) -> list[tuple[Place, Path]]:
     """(source, target) of configuration and tokenizer files, for a folder output."""
     if not plan.shards or is_single_file(plan.output.path):
         return []
     return [(path, folder_of(plan) / path.name) for path in plan.source.sidecars]
 
 
-def sidecar_content(plan: Plan, path: Path) -> bytes:
+def sidecar_content(plan: Plan, path: Place) -> bytes:
     """The file as it is; a quantization that is gone is not declared in the configuration."""
     config = plan.source.config
     if path.name == "config.json" and config and "quantization_config" in config and not plan.verbatim:

@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 
 from ..formats.errors import CheckpointError, UsageError, did_you_mean, shown
 from ..formats.safetensors import parse_json
-from ..formats.shards import STORE_SUFFIX, is_store
-from ..formats.urls import hide, is_url, shown_url
+from ..formats.shards import is_store
+from ..formats.urls import hide, is_url
 from ..stages.stage import VERBS, Stage, check_types, make_stage
 from .sizes import parse_size
 
@@ -41,12 +41,13 @@ class Output:
         check_types("output", Output, vars(self))
         if not self.path:
             raise UsageError("the path of the output is empty")
-        _check_path("output", self.path)
         if is_url(self.path) and not is_store(hide(self.path)):
             raise UsageError(
-                f"output: {shown_url(self.path)}: only a store that ends in {STORE_SUFFIX} is written to a URL, and "
-                "`quantloom assemble STORE OUT` makes files of it, there or here"
+                f"{hide(self.path)}: a file is not written to a URL byte by byte; write a Zarr store there, then make "
+                "the file of it: quantloom convert ... s3://bucket/out.zarr, then "
+                "quantloom assemble s3://bucket/out.zarr OUTPUT"
             )
+        _check_path("output", self.path)
         if self.dialect not in DIALECTS:
             raise UsageError(f"unknown dialect {shown(self.dialect)}{did_you_mean(self.dialect, DIALECTS)}")
         if self.shard_bytes is not None and self.shard_bytes < 1:
@@ -84,11 +85,14 @@ class Recipe:
     """A whole conversion."""
 
     source: tuple[str, ...] = ()
-    """A file, folder, index, glob, or several files."""
+    """A file, folder, index, glob, or several files; of a URL what may be shown (``urls.hide``)."""
     stages: tuple[Stage, ...] = ()
     """At most one of each verb, in planning order."""
     output: Output | None = None
     run: Run = field(default_factory=Run)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "source", tuple(map(hide, self.source)))
 
     def with_stage(self, stage: Stage) -> Recipe:
         """This recipe with ``stage`` in its place, instead of one of the same verb."""

@@ -18,8 +18,8 @@ from .tensors import DTYPE_BITS, TensorRef
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-    from pathlib import Path
 
+    from .places import Place
     from .tensors import TensorSpec
 
 MAX_HEADER_BYTES = 100_000_000
@@ -57,7 +57,7 @@ class Header:
     """sha256 (hex) of the header bytes, the 8 bytes of length included."""
 
 
-def read_header(path: str | Path) -> Header:
+def read_header(path: str | Place) -> Header:
     """Read and check the header of one file; no weight byte is touched.
 
     Raises CheckpointError, naming file, tensor and the numbers that disagree, for everything that is not a well-formed

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from .places import Place
 from .safetensors import layout
 from .tensors import Slot, TensorSpec
 from .urls import is_url
@@ -92,7 +93,7 @@ def index_file(shards: Sequence[Shard]) -> tuple[Path, bytes] | None:
     return first.with_name(f"{stem}{SUFFIX}.index.json"), content.encode()
 
 
-def stem_of(files: Sequence[Path]) -> str:
+def stem_of(files: Sequence[Place]) -> str:
     """The file name that a folder's shards share, as clients look for it: ``model``, ``diffusion_pytorch_model``."""
     stems = {re.sub(r"(-\d{5}-of-\d{5})?\.safetensors$", "", path.name) for path in files}
     return stems.pop() if len(stems) == 1 else "model"
