@@ -21,6 +21,7 @@ from ..formats.shards import SUFFIX, index_file, is_single_file, is_store
 from ..stages.work import Receipt
 from ..stages.writing import PART_SUFFIX
 from . import zarr_sink
+from .checksums import finished_heads
 from .commit import PREVIOUS_SUFFIX, check_unchanged, exchange, hold, part
 from .output_files import (
     final_paths,
@@ -64,7 +65,7 @@ def check_output(plan: Plan) -> None:
 def open_sink(plan: Plan, receipts: Sequence[Receipt] = ()) -> Iterator[None]:
     """Parts for the time of the block: its end makes them the output, an exception removes them.
 
-    ``receipts`` are looked at when the block ends: the adapter's header tells what it brought.
+    ``receipts`` are looked at when the block ends: headers tell checksums, and what an adapter brought.
     """
     if is_store(plan.output.path):
         with zarr_sink.open_sink(plan, receipts):
@@ -76,7 +77,7 @@ def open_sink(plan: Plan, receipts: Sequence[Receipt] = ()) -> Iterator[None]:
             try:
                 _create_parts(plan)
                 yield
-                _finish_adapter(plan, receipts)
+                _finish_heads(plan, receipts)
                 _commit(plan)
             except BaseException:
                 for path in final_paths(plan):
@@ -167,14 +168,12 @@ def _create_parts(plan: Plan) -> None:
                 writer.write(content, start)
 
 
-def _finish_adapter(plan: Plan, receipts: Sequence[Receipt]) -> None:
-    """The adapter's header with errors before and after, and its configuration."""
-    if plan.adapter is None:
-        return
-    gains = {receipt.name: receipt.gain for receipt in receipts if receipt.gain is not None}
-    with Writer(part(Path(plan.adapter.shard.path))) as writer:
-        writer.write(plan.adapter.head(gains), 0)
-    if plan.adapter.config is not None:
+def _finish_heads(plan: Plan, receipts: Sequence[Receipt]) -> None:
+    """Headers with checksums, the adapter's with errors before and after too, and its configuration."""
+    for path, head in finished_heads(plan, receipts):
+        with Writer(part(Path(path))) as writer:
+            writer.write(head, 0)
+    if plan.adapter is not None and plan.adapter.config is not None:
         _write_part(plan.adapter.files[1], plan.adapter.config)
 
 

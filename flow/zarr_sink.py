@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from .. import __version__
-from ..formats.checksums import Piece, checksum, covers
+from ..formats.checksums import Piece, covers
 from ..formats.errors import CheckpointError, PlanError, SinkError
 from ..formats.objects import Objects, objects_at
 from ..formats.output_store import close_store, create_store, table_of
@@ -20,6 +20,7 @@ from ..formats.store_table import Table, is_own, read_table, write_table
 from ..formats.urls import is_url
 from ..formats.zarr_store import ArrayWriter, chunk_bytes
 from ..stages.work import Receipt
+from .checksums import checksums_of
 from .commit import check_unchanged, hold
 from .output_files import sidecar_content
 from .plan import Plan
@@ -118,13 +119,7 @@ def _prepare(plan: Plan, objects: Objects) -> Table:
 
 def _checksums(plan: Plan, receipts: Sequence[Receipt]) -> dict[str, list[Piece]]:
     """Of every tensor; SinkError when some of its bytes were not reported."""
-    pieces: dict[str, list[Piece]] = {}
-    for layer in plan.layers:
-        for spec, content in layer.constants:
-            pieces[spec.name] = [Piece(spec.name, 0, len(content), checksum(content))]
-    for receipt in receipts:
-        for piece in receipt.pieces:
-            pieces.setdefault(piece.name, []).append(piece)
+    pieces = checksums_of(plan.layers, receipts)
     for shard in plan.shards:
         for slot in shard.slots:
             if not covers(pieces.get(slot.name, ()), slot.nbytes):

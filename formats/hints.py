@@ -5,11 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterable
 from itertools import islice
 
-from .errors import did_you_mean, listed
+from .errors import CheckpointError, did_you_mean, listed
 from .places import Place, RemotePath
+from .shards import is_store
 from .urls import lost_slash
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+def refuse_store(where: str) -> None:
+    """CheckpointError for an output that is still a store."""
+    if is_store(where):
+        raise CheckpointError(
+            f"{where}: is a store, and no checkpoint yet: make files of it first, with `quantloom assemble {where} OUT`"
+        )
 
 
 def found_instead(paths: Iterable[Place]) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 
 from .checksums import Piece, covers
 from .errors import CheckpointError, shown
+from .manifest import parse
 from .objects import Objects
 from .safetensors import parse_head, parse_json
 from .shards import Shard
@@ -144,6 +145,9 @@ class OutputStore:
             raise CheckpointError(f"{where}: its list of tensors is none: {error}") from None
         if len(found) != len(header.refs):
             raise CheckpointError(f"{where}: {len(header.refs)} tensors, {len(found)} in its list")
+        room = parse(header.metadata, where)
+        if room is not None and not room.tensors.keys() <= {ref.name for ref in header.refs}:
+            raise CheckpointError(f"{where}: has room for checksums of tensors that it does not hold")
         tensors = tuple(found[place] for place in range(len(found)))
         return StoredShard(entry.name, head, entry.size, header.metadata, tensors, tuple(found.values()))
 

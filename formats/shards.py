@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,12 +40,14 @@ def is_store(output: str) -> bool:
     return output.rstrip("/\\").endswith(STORE_SUFFIX)
 
 
-def lay_out(groups: Sequence[Sequence[TensorSpec]], output: str, shard_bytes: int | None,
-            metadata: Mapping[str, str], stem: str = "model") -> list[Shard]:  # fmt: skip
+def lay_out(
+    groups: Sequence[Sequence[TensorSpec]], output: str, shard_bytes: int | None,
+    metadata: Callable[[Sequence[TensorSpec]], Mapping[str, str]], stem: str = "model",
+) -> list[Shard]:  # fmt: skip
     """Shards of at most ``shard_bytes`` (None: a file is one, a folder is split at 5 GB); a group is never split.
 
-    ``stem`` is the file name in a folder, as in ``model-00001-of-00002.safetensors``. A store has the shards of a
-    folder (`zarr_store` says where).
+    ``metadata`` gives ``__metadata__`` of a file with these tensors. ``stem`` is the file name in a folder, as in
+    ``model-00001-of-00002.safetensors``. A store has the shards of a folder (`zarr_store` says where).
     """
     path = Path(output)
     if is_single_file(output):
@@ -70,7 +72,7 @@ def lay_out(groups: Sequence[Sequence[TensorSpec]], output: str, shard_bytes: in
         places = [(f"{root}/{name}", f"{whole}/{number}") for number, name in enumerate(names, 1)]
     else:
         places = [(str(folder / name), str((folder / name).absolute())) for name in names]
-    return [_shard(*place, specs, metadata) for place, specs in zip(places, bins, strict=True)]
+    return [_shard(*place, specs, metadata(specs)) for place, specs in zip(places, bins, strict=True)]
 
 
 def _shard(path: str, place: str, specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> Shard:

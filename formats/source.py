@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import CheckpointError
 from .fileio import Reader
-from .hints import PICKLES, found_instead, near
+from .hints import PICKLES, found_instead, near, refuse_store
 from .journal import refuse_unfinished
+from .manifest import KEY
 from .places import Place, RemotePath, exists, order, place, real
 from .safetensors import Header, parse_json, read_header
-from .shards import is_store
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -97,13 +97,10 @@ def _open(where: str | Path | Sequence[str | Path]) -> Source:
         return _open_list([place(item) for item in where])
     if not str(where):
         raise CheckpointError("the path of the checkpoint is empty")
-    if is_store(str(where)):
-        raise CheckpointError(
-            f"{where}: is a store, and no checkpoint yet: make files of it first, with `quantloom assemble {where} OUT`"
-        )
+    refuse_store(str(where))
     path = place(where)
     if path.is_dir():
-        index = _index_of(path)
+        index = index_of(path)
         if index:
             return _open_index(index)
         return replace(_read(_shards_of(path), path, _sidecars(path)), takes_all=True)
@@ -142,7 +139,7 @@ def _open_glob(pattern: Place) -> Source:
 
 def _open_index(index: Place) -> Source:
     """Open the shards that an index names, and hold it to its word."""
-    weight_map, root = _weight_map(index), index.parent
+    weight_map, root = read_index(index)["weight_map"], index.parent
     shards = sorted(set(weight_map.values()))
     for shard in shards:
         _check_shard_name(index, shard)
@@ -163,21 +160,23 @@ def _open_index(index: Place) -> Source:
     return source
 
 
-def _weight_map(index: Place) -> dict[str, str]:
+def read_index(index: Place) -> dict[str, Any]:
+    """An index, whose ``weight_map`` names files by tensor; CheckpointError for a broken one."""
     with Reader(index) as reader:
         if reader.size > _MAX_INDEX_BYTES:
             raise CheckpointError(f"{index}: index of {reader.size} bytes; at most {_MAX_INDEX_BYTES} are read")
         raw = bytearray(reader.size)
         reader.read_into(memoryview(raw), 0)
     table = parse_json(bytes(raw), f"{index}: index")
-    weight_map = table.get("weight_map") if isinstance(table, dict) else None
+    table = table if isinstance(table, dict) else {}
+    weight_map = table.get("weight_map")
     if not isinstance(weight_map, dict):
         raise CheckpointError(f"{index}: index has no 'weight_map' object, which says where each tensor is")
     if bad := [name for name, shard in weight_map.items() if not isinstance(shard, str)]:
         raise CheckpointError(f"{index}: 'weight_map' gives tensor {bad[0]!r} a shard that is not a string")
     if not weight_map:
         raise CheckpointError(f"{index}: 'weight_map' names no tensor")
-    return weight_map
+    return table
 
 
 def _check_shard_name(index: Place, shard: str) -> None:
@@ -187,7 +186,8 @@ def _check_shard_name(index: Place, shard: str) -> None:
         raise CheckpointError(f"{index}: shard name {shard!r} is not a plain path inside the folder")
 
 
-def _index_of(folder: Place) -> Place | None:
+def index_of(folder: Path) -> Path | None:
+    """The index that a folder is read through, if it has one."""
     found = [path for path in _entries(folder) if path.name.endswith(_INDEX)]
     preferred = [path for path in found if path.name == "model" + _INDEX] or found
     return preferred[0] if len(preferred) == 1 else None
@@ -237,7 +237,7 @@ def _read(paths: Iterable[Place], root: Place, sidecars: tuple[Place, ...]) -> S
                     f"tensor {ref.name!r} is in two files, {first.path} and {ref.path}; "
                     "give one file, the index, or a pattern that picks one set of shards"
                 )
-        if any(metadata.get(key, value) != value for key, value in header.metadata.items()):
+        if any(metadata.get(key, value) != value for key, value in header.metadata.items() if key != KEY):
             _log.warning("%s: __metadata__ disagrees with an earlier file, which is kept", header.path)
         metadata = header.metadata | metadata
     stamps = [stamp for _, stamp in opened]

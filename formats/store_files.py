@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .checksums import Piece
+from .manifest import KEY, finished_head
 from .output_store import OutputStore, StoredShard, StoredTensor
 from .safetensors import layout
 from .shards import SUFFIX, Shard, index_file
@@ -44,12 +46,13 @@ def lay_out_files(store: OutputStore, single: str | None) -> Files:
     names = [shard.name for shard in shards]
     if single is not None:
         names = [single.removesuffix(SUFFIX) + _ending(shard.name) for shard in shards] if len(shards) > 1 else [single]
-    files = tuple(
-        FileLayout(name, shard.head, shard.size, tuple(zip(shard.tensors, own, strict=True)))
-        for name, shard, own in zip(names, shards, pieces, strict=True)
-    )
-    index = index_file([_named(shard, name) for shard, name in zip(shards, names, strict=True)])
-    return Files(files, None if index is None else (index[0].name, index[1]))
+    files, named = [], []
+    for name, shard, own in zip(names, shards, pieces, strict=True):
+        tensors = tuple(zip(shard.tensors, own, strict=True))
+        named.append(_named(shard, name))
+        files.append(FileLayout(name, finished_head(named[-1], _sums(tensors)), shard.size, tensors))
+    index = index_file(named)
+    return Files(tuple(files), None if index is None else (index[0].name, index[1]))
 
 
 def _ending(name: str) -> str:
@@ -62,9 +65,24 @@ def _joined(shards: Sequence[StoredShard], pieces: Sequence[Sequence[Sequence[Pi
     own = {tensor.array: found for shard, lists in zip(shards, pieces, strict=True)
            for tensor, found in zip(shard.tensors, lists, strict=True)}  # fmt: skip
     tensors = [tensor for shard in shards for tensor in shard.planned]
-    head, starts, size = layout([tensor.ref for tensor in tensors], shards[0].metadata)
+    head, starts, size = layout([tensor.ref for tensor in tensors], _joined_metadata(shards))
     order = sorted(range(len(tensors)), key=lambda index: (starts[index], tensors[index].ref.nbytes))
-    return FileLayout(name, head, size, tuple((tensors[index], own[tensors[index].array]) for index in order))
+    ordered = tuple((tensors[index], own[tensors[index].array]) for index in order)
+    return FileLayout(name, finished_head(Shard(name, head, size, ()), _sums(ordered)), size, ordered)
+
+
+def _joined_metadata(shards: Sequence[StoredShard]) -> dict[str, str]:
+    """``__metadata__`` of one file: that of a shard, but for the room for checksums, which is that of all."""
+    metadata = dict(shards[0].metadata)
+    if all(KEY in shard.metadata for shard in shards):
+        entries = [json.loads(shard.metadata[KEY]) for shard in shards]
+        rooms = {name: room for entry in entries for name, room in entry["tensors"].items()}
+        metadata[KEY] = json.dumps({**entries[0], "tensors": rooms}, separators=(",", ":"), ensure_ascii=False)
+    return metadata
+
+
+def _sums(tensors: Sequence[tuple[StoredTensor, Sequence[Piece]]]) -> dict[str, Sequence[Piece]]:
+    return {tensor.ref.name: own for tensor, own in tensors}
 
 
 def _named(shard: StoredShard, name: str) -> Shard:
