@@ -166,8 +166,7 @@ def _copy(
             if (found := running.hexdigest()) != piece.checksum:
                 raise CheckpointError(
                     f"{source.objects.root}/{tensor.array}: tensor {shown(tensor.ref.name)}: bytes {piece.start} to "
-                    f"{piece.start + piece.nbytes} have the checksum {found}, but {piece.checksum} was written; convert "
-                    "again"
+                    f"{piece.start + piece.nbytes} have the checksum {found}, {piece.checksum} was written; convert again"
                 )
             piece, running = next(left, None), xxhash.xxh3_64()
             room = piece.nbytes if piece else 0

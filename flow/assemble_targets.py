@@ -125,7 +125,9 @@ class BucketTarget:
         from fsspec.core import url_to_fs
 
         self.root, self._store = root, store_of(root)  # says which package is missing
-        self._fs: Any = url_to_fs(root)[0]  # its own retries: these writes cannot be repeated from outside
+        # One of its own: with its retries, as these writes cannot be repeated from outside, and in a transaction.
+        self._fs: Any = url_to_fs(root, skip_instance_cache=True)[0]
+        self._fs.start_transaction()
         self._files: dict[str, Any] = {}
 
     def check(self, names: Sequence[str], nbytes: int, overwrite: bool) -> None:
@@ -144,24 +146,33 @@ class BucketTarget:
             yield
         except BaseException:
             for file in self._files.values():
-                with contextlib.suppress(OSError):
+                with contextlib.suppress(OSError, AttributeError):
                     file.discard()
+                    file.closed = True  # or the end of the object would send what is left
             raise
 
     @contextlib.contextmanager
     def file(self, name: str, size: int) -> Iterator[Out]:
         url = f"{self.root}/{name}"
         block = max(_PART_BYTES, -(-size // _MOST_PARTS))
-        file = _known(url, lambda: self._fs.open(url, "wb", block_size=block, autocommit=False))
+        file = _known(url, lambda: self._fs.open(url, "wb", block_size=block))
         self._files[name] = file
         yield _ObjectOut(url, file)
         _known(url, file.close)
 
     def commit(self, names: Sequence[str], overwrite: bool) -> None:
         self.check(names, 0, overwrite)
-        for name in names:
-            _known(f"{self.root}/{name}", self._files[name].commit)
-            del self._files[name]
+        done = []
+        try:
+            for name in names:
+                _known(f"{self.root}/{name}", self._files[name].commit)
+                done.append(name)
+                del self._files[name]
+        except BaseException:
+            for name in () if overwrite else done:
+                with contextlib.suppress(OSError):
+                    self._fs.rm_file(self._fs._strip_protocol(f"{self.root}/{name}"))
+            raise
 
 
 class _ObjectOut:

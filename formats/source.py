@@ -186,7 +186,7 @@ def _check_shard_name(index: Place, shard: str) -> None:
         raise CheckpointError(f"{index}: shard name {shard!r} is not a plain path inside the folder")
 
 
-def index_of(folder: Path) -> Path | None:
+def index_of(folder: Place) -> Place | None:
     """The index that a folder is read through, if it has one."""
     found = [path for path in _entries(folder) if path.name.endswith(_INDEX)]
     preferred = [path for path in found if path.name == "model" + _INDEX] or found

@@ -46,16 +46,17 @@ def array_key(shard: int, start: int) -> str:
 
 def chunk_bytes(spec: TensorSpec, parts: Parts = ()) -> int:
     """Bytes of one chunk; the last one of a tensor may be cut short."""
+    if not spec.nbytes:
+        return 1
     step = math.gcd(*_stored_steps(spec, parts)) if parts else 0
     if step:  # every range begins with a chunk
-        most = CHUNK_BYTES // max(1, spec.row_bytes)
+        most = CHUNK_BYTES // spec.row_bytes
         return _largest_divisor(step, most) * spec.row_bytes if most else _largest_divisor(spec.row_bytes, CHUNK_BYTES)
     count = -(-spec.nbytes // CHUNK_BYTES)
     rows = spec.shape[0] if spec.shape else 1
     if rows < count or spec.nbytes % rows:
-        return max(1, -(-spec.nbytes // max(1, count)))
-    together = min(-(-rows // max(1, count)), CHUNK_BYTES // max(1, spec.row_bytes))
-    return max(1, together * spec.row_bytes)
+        return -(-spec.nbytes // count)
+    return min(-(-rows // count), CHUNK_BYTES // spec.row_bytes) * spec.row_bytes
 
 
 def chunk_length(nbytes: int, chunk: int, number: int) -> int:
