@@ -164,9 +164,10 @@ def _copy(
             if room:
                 continue
             if (found := running.hexdigest()) != piece.checksum:
+                where = f"{source.objects.root}/{tensor.array}: tensor {shown(tensor.ref.name)}"
+                place = f"bytes {piece.start} to {piece.start + piece.nbytes}"
                 raise CheckpointError(
-                    f"{source.objects.root}/{tensor.array}: tensor {shown(tensor.ref.name)}: bytes {piece.start} to "
-                    f"{piece.start + piece.nbytes} have the checksum {found}, {piece.checksum} was written; convert again"
+                    f"{where}: {place} have the checksum {found}, {piece.checksum} was written; convert again"
                 )
             piece, running = next(left, None), xxhash.xxh3_64()
             room = piece.nbytes if piece else 0

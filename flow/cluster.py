@@ -8,10 +8,10 @@ import contextlib
 import logging
 from typing import TYPE_CHECKING, Any
 
-from ..formats.errors import SinkError, UsageError
+from ..formats.errors import SinkError, UsageError, WorkerError
 from ..stages.cancelling import cancel
 from .budget import Budget
-from .graph import Graph, Key, Results
+from .graph import Failure, Graph, Key, Results
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -33,10 +33,14 @@ def run_distributed(where: Client | str, graph: Graph, keys: list[Key], budget: 
         _wait_for_workers(client)
         futures = client.get(graph, keys, sync=False)
         try:
-            for _future, receipts in distributed.as_completed(futures, loop=client.loop, with_results=True):
-                if isinstance(receipts, BaseException):
-                    raise receipts
-                yield receipts
+            key_of = {future.key: key for future, key in zip(futures, keys, strict=True)}
+            waiting = distributed.as_completed(futures, loop=client.loop, with_results=True, raise_errors=False)
+            for future, found in waiting:
+                if future.status == "error":
+                    found = Failure(_explained(distributed, future.exception()))
+                elif isinstance(found, BaseException):
+                    raise found
+                yield key_of[future.key], found
         except BaseException as error:
             if isinstance(error, _cancellations(distributed)):  # nobody is there who could be asked to stop
                 why = next(iter(str(error).splitlines()), type(error).__name__)
@@ -44,10 +48,15 @@ def run_distributed(where: Client | str, graph: Graph, keys: list[Key], budget: 
             with contextlib.suppress(Exception):
                 client.run(cancel, budget.environment.run_id)
                 client.cancel(futures, force=True)
-            if isinstance(error, distributed.KilledWorker):
-                hint = "probably for want of memory: lower --memory or --workers"
-                raise SinkError(f"workers died on their task, {hint} ({error})") from error
             raise
+
+
+def _explained(distributed: Any, error: Exception) -> Exception:
+    """What Dask itself says of a task, in words that help."""
+    if isinstance(error, distributed.KilledWorker):
+        hint = "probably for want of memory: lower --memory or --workers"
+        return WorkerError(f"workers died on their task, {hint} ({error})")
+    return error
 
 
 def _cancellations(distributed: Any) -> tuple[type[BaseException], ...]:

@@ -108,8 +108,8 @@ def exchange(paths: list[Path], stale: list[Path]) -> None:
             placed.append(path)
     except BaseException:
         for path in placed:
-            with contextlib.suppress(OSError):
-                path.unlink()
+            with contextlib.suppress(SinkError):
+                replace(path, part(path))
         for path in moved:
             with contextlib.suppress(SinkError):
                 replace(previous(path), path)
@@ -117,3 +117,19 @@ def exchange(paths: list[Path], stale: list[Path]) -> None:
     for path in moved:
         with contextlib.suppress(OSError):
             previous(path).unlink()
+
+
+def finish_exchange(paths: Sequence[Path], stale: Sequence[Path], overwrite: bool) -> None:
+    """What ``exchange`` had begun when its process was killed: gives the remaining parts their names.
+
+    Raises SinkError for a file that is neither there nor a part, and for one that somebody else put in its place.
+    """
+    for path in paths:
+        if os.path.lexists(part(path)):
+            if os.path.lexists(path) and not overwrite:
+                raise SinkError(f"{path}: appeared after the conversion; move it away, or pass --overwrite")
+            replace(part(path), path)
+        elif not os.path.lexists(path):
+            raise SinkError(f"{path}: is gone, and {part(path).name} too: the output of the earlier run is not whole")
+    for path in stale:
+        path.unlink()

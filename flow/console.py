@@ -89,10 +89,11 @@ def guarded(action: Callable[[], int], stopped: str = "stopped") -> int:
         stderr().print(Text("usage: ", "bold red") + Text(str(error)))
         return 2
     except QuantloomError as error:
-        stderr().print(Text("error: ", "bold red") + Text(str(error)))
+        stderr().print(Text("error: ", "bold red") + Text("\n".join([str(error), *_notes(error)])))
         return 1
-    except KeyboardInterrupt:
-        stderr().print(Text(stopped, "bold red"))
+    except KeyboardInterrupt as error:
+        words = [f"stopped: {note}" for note in _notes(error)] or [stopped]
+        stderr().print(Text(words[0], "bold red"))
         return 1
     except BrokenPipeError:  # a reader such as head went away
         sys.stderr.close()
@@ -100,6 +101,11 @@ def guarded(action: Callable[[], int], stopped: str = "stopped") -> int:
     except OSError as error:  # work wraps its own: what is left is a full or closed stdout
         stderr().print(Text("error: ", "bold red") + Text(f"cannot print the result: {error}; the work itself is done"))
         return 1
+
+
+def _notes(error: BaseException) -> list[str]:
+    """What was added to an exception on its way: what it leaves, and what to do."""
+    return [printable(note) for note in getattr(error, "__notes__", ())]
 
 
 def _escape(text: str) -> str:

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ..formats.errors import SinkError, UsageError, memory_problem
+from ..formats.errors import SinkError, UsageError, listed, memory_problem
 from ..stages.cancelling import cancel, forget
 from ..stages.work import LayerPlan, Receipt
 from .budget import Budget, make_budget
 from .graph import Graph, Key, Results, submission
+from .output_checks import check_output
 from .plan import Plan
 from .recipe import Run
+from .recovery import run_layers
 from .report import Report, make_report
-from .sink import check_output, open_sink
+from .resume import left_over
+from .salvage import lay_out_again
+from .session import Session
+from .sink import open_sink
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -33,6 +40,9 @@ class Progress(Protocol):
     def start(self, plan: Plan, budget: Budget) -> None:
         """Called once, before work."""
 
+    def resume(self, receipts: Sequence[Receipt]) -> None:
+        """Called after that with what an earlier run had finished, if it had."""
+
     def advance(self, receipts: Sequence[Receipt]) -> None:
         """Called with the receipts of each finished task."""
 
@@ -45,50 +55,90 @@ class Silent:
 
     def start(self, plan: Plan, budget: Budget) -> None: ...
 
+    def resume(self, receipts: Sequence[Receipt]) -> None: ...
+
     def advance(self, receipts: Sequence[Receipt]) -> None: ...
 
     def stop(self) -> None: ...
 
 
 def run_plan(plan: Plan, client: Client | str | None = None, progress: Progress | None = None) -> Report:
-    """Converts. Raises QuantloomError (or KeyboardInterrupt) with the parts removed and nothing under a final name."""
+    """Converts, or continues what an earlier run of the plan left.
+
+    Raises QuantloomError (or KeyboardInterrupt) with nothing under a final name; what is finished is kept for the next
+    run, which a note of the exception says.
+    """
     watcher = progress or Silent()
     began = time.perf_counter()
     scheduler = client if client is not None else plan.recipe.run.scheduler
-    if scheduler in ("threads", "sync"):
-        _check_device(plan.recipe.run)
     check_output(plan)
-    run_id = f"{plan.digest[:16]}-{time.monotonic_ns()}"
-    budget = make_budget(plan.layers, plan.recipe.run, run_id)
-    graph, keys = submission(plan.layers, budget.environment)
-    _log.info("%d tasks, %d at a time, chunks of %d bytes", len(graph), budget.workers, budget.environment.chunk_bytes)
-    receipts: list[Receipt] = []
-    running = closing(_schedule(scheduler, graph, keys, budget))
+    job = Job(plan.layers, plan.recipe.run, scheduler, plan.digest[:16])
     try:
-        with _known_errors(), open_sink(plan, receipts), _torch_threads(), running as results:
-            watcher.start(plan, budget)
-            for done in results:
-                receipts += done
-                watcher.advance(done)
+        with _known_errors(), open_sink(plan) as session, _torch_threads():
+            watcher.start(replace(plan, notes=(*plan.notes, *session.notes)), job.budget)
+            if session.resumed:
+                watcher.resume(session.resumed)
+            if failed := _work(session, job, watcher):
+                _work_again(session, job, failed)
     finally:
         watcher.stop()
-        forget(run_id)
-    seconds = time.perf_counter() - began
-    return make_report(plan, receipts, seconds, distributed=scheduler not in ("threads", "sync"))
+        forget(job.run_id)
+    return make_report(session, time.perf_counter() - began, distributed=not job.is_local)
+
+
+def _work(session: Session, job: Job, watcher: Progress) -> dict[str, BaseException]:
+    """Every layer that is left; errors of those that failed for good."""
+    keep = session.plan.recipe.run.on_error == "keep"
+    with closing(job.run(left_over(session.plan, session.receipts), keep)) as running:
+        while True:
+            try:
+                done = next(running)
+            except StopIteration as ended:
+                return dict(ended.value or {})
+            watcher.advance(session.add(done))
+
+
+def _work_again(session: Session, job: Job, failed: Mapping[str, BaseException]) -> None:
+    """Lays the output out with the failed layers as they are, and fills it."""
+    _log.warning("%d layers failed and are kept as they are: %s", len(failed), listed(sorted(failed)))
+    reasons = {name: str(error) or type(error).__name__ for name, error in failed.items()}
+    with closing(job.run(lay_out_again(session, reasons), keep=False)) as running:
+        for receipts in running:
+            session.add_new(receipts)
 
 
 def collect(layers: Sequence[LayerPlan], run: Run) -> list[Receipt]:
     """Receipts of chains that write nothing, on the scheduler of the run. Raises what ``run_plan`` raises."""
-    if run.scheduler in ("threads", "sync"):
-        _check_device(run)
-    run_id = f"look-{time.monotonic_ns()}"
-    budget = make_budget(layers, run, run_id)
-    running = closing(_schedule(run.scheduler, *submission(layers, budget.environment), budget))
+    job = Job(layers, run, run.scheduler, "look")
     try:
-        with _known_errors(), _torch_threads(), running as results:
-            return [receipt for done in results for receipt in done]
+        with _known_errors(), _torch_threads(), closing(job.run(layers, keep=False)) as running:
+            return [receipt for done in running for receipt in done]
     finally:
-        forget(run_id)
+        forget(job.run_id)
+
+
+class Job:
+    """How layers are run: on which scheduler, and within which budget."""
+
+    def __init__(self, layers: Sequence[LayerPlan], run: Run, scheduler: Client | str, name: str) -> None:
+        self.scheduler = scheduler
+        self.is_local = scheduler in ("threads", "sync")
+        if self.is_local:
+            _check_device(run)
+        self.run_id = f"{name}-{time.monotonic_ns()}"
+        budget = make_budget(layers, run, self.run_id)
+        # Workers elsewhere sync what they wrote themselves: nobody else can.
+        elsewhere = not self.is_local and scheduler != "distributed"
+        self.budget = replace(budget, environment=replace(budget.environment, sync=elsewhere))
+
+    def run(self, layers: Sequence[LayerPlan], keep: bool) -> Generator[list[Receipt], None, dict[str, BaseException]]:
+        """See ``run_layers``."""
+        if not layers:
+            return {}
+        environment, workers = self.budget.environment, self.budget.workers
+        _log.info("%d layers, %d tasks at a time, chunks of %d bytes", len(layers), workers, environment.chunk_bytes)
+        build, schedule = partial(submission, environment=environment), partial(_schedule, self.scheduler, self.budget)
+        return (yield from run_layers(layers, build, schedule, keep))
 
 
 @contextmanager
@@ -99,6 +149,8 @@ def _known_errors() -> Iterator[None]:
     except (OSError, RuntimeError, MemoryError) as error:
         if (known := _known(error)) is None:
             raise
+        for note in getattr(error, "__notes__", ()):
+            known.add_note(note)
         raise known from error
 
 
@@ -126,7 +178,7 @@ def _check_device(run: Run) -> None:
         raise UsageError(f"device {run.device!r} is not there: torch {torch.__version__} finds {count} CUDA devices")
 
 
-def _schedule(scheduler: Client | str, graph: Graph, keys: list[Key], budget: Budget) -> Results:
+def _schedule(scheduler: Client | str, budget: Budget, graph: Graph, keys: list[Key]) -> Results:
     """Results of the keys as they come."""
     if scheduler == "sync":
         return _local(graph, keys, budget, workers=0)
@@ -155,7 +207,7 @@ def _local(graph: Graph, keys: list[Key], budget: Budget, workers: int) -> Resul
 
     def finished(key: Key, value: Any, _dsk: Any, _state: Any, _worker: Any) -> None:
         if key in wanted:
-            results.put(value)
+            results.put((key, value))
 
     def drive() -> None:
         callbacks = [(None, None, None, finished, None)]
@@ -187,8 +239,10 @@ def _local(graph: Graph, keys: list[Key], budget: Budget, workers: int) -> Resul
             if isinstance(item, BaseException):
                 raise item
             yield item
-    finally:
+    except BaseException:
         cancel(budget.environment.run_id)
+        raise
+    finally:
         thread.join()
 
 

@@ -7,9 +7,10 @@ amax nodes meet in a scale node, whose one number all ranges use.
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from operator import itemgetter
+from typing import Any
 
 from dask._task_spec import GraphNode, List, Task, TaskRef
 
@@ -26,8 +27,17 @@ BATCH_LAYERS = 256
 
 Key = tuple[str, ...]
 Graph = dict[Key, GraphNode]
-Results = Generator[list[Receipt], None, None]
-"""Receipts of each task of a running graph, as it finishes."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What a task gives back instead of receipts, or of a number that others need."""
+
+    error: Exception
+
+
+Results = Generator[tuple[Key, list[Receipt] | Failure], None, None]
+"""What each task of a running graph gives, as it finishes."""
 
 
 def receipt_keys(plan: LayerPlan) -> list[Key]:
@@ -87,7 +97,7 @@ def _layer_graph(plan: LayerPlan, environment: Environment, after: Key | None = 
                 graph[key] = Task(key, step.run, above)
             above = TaskRef(key)
         key = ("receipt", name, *suffix)
-        graph[key] = Task(key, make_receipt, above, part[0] == 0)
+        graph[key] = Task(key, make_receipt, above)
     if shared is not None:
         graph[shared] = Task(shared, combine_amaxes, plan, environment, List(*amaxes))
     return graph
@@ -132,25 +142,28 @@ def batches(layers: Sequence[LayerPlan]) -> Iterator[list[LayerPlan]]:
         yield pending
 
 
-def submission(layers: Sequence[LayerPlan], environment: Environment) -> tuple[Graph, list[Key]]:
-    """The fused graph and the keys to ask for; each key's result is a list of receipts.
+def submission(
+    chosen: Iterable[list[LayerPlan]], environment: Environment
+) -> tuple[Graph, dict[Key, list[LayerPlan]]]:
+    """The fused graph of these batches, and the keys to ask for with the layers of each; a key's result is a list of
+    receipts, or a Failure.
 
     The chains of a batch, joined by a node that gathers their receipts, are fused into one task, so that what flows
     along an edge stays inside one worker's thread.
     """
     graph: Graph = {}
-    keys: list[Key] = []
-    for number, batch in enumerate(batches(layers)):
+    layers_of: dict[Key, list[LayerPlan]] = {}
+    for number, batch in enumerate(chosen):
         nodes = stage_graph(batch, environment)
         if batch[0].parts:
-            keys += _fuse_parts(batch[0], nodes, graph, environment.run_id)
+            layers_of |= dict.fromkeys(_fuse_parts(batch[0], nodes, graph, environment.run_id), batch)
             continue
         key = (environment.run_id, "batch", str(number))
         wanted = [end for plan in batch for end in receipt_keys(plan)]
         gather = Task(key, gather_receipts, List(*(TaskRef(end) for end in wanted)))
         graph[key] = Task.fuse(*nodes.values(), gather, key=key)
-        keys.append(key)
-    return graph, keys
+        layers_of[key] = batch
+    return {key: _guarded(task) for key, task in graph.items()}, layers_of
 
 
 def _fuse_parts(plan: LayerPlan, nodes: Graph, graph: Graph, run_id: str) -> list[Key]:
@@ -173,7 +186,29 @@ def _fuse_parts(plan: LayerPlan, nodes: Graph, graph: Graph, run_id: str) -> lis
     return keys
 
 
+def _guarded(task: GraphNode) -> Task:
+    """The task with failures as values: others go on, and the driver decides."""
+    needs = sorted(task.dependencies, key=str)
+    return Task(task.key, Guarded(task, tuple(needs)), *map(TaskRef, needs))
+
+
 # What the nodes call. They run in workers.
+
+
+@dataclass(frozen=True)
+class Guarded:
+    """Calls a task with the values of what it needs; an exception, its own or of one of those, becomes its value."""
+
+    task: GraphNode
+    needs: tuple[Key, ...]
+
+    def __call__(self, *values: Any) -> Any:
+        if failure := next((value for value in values if isinstance(value, Failure)), None):
+            return failure
+        try:
+            return self.task(dict(zip(self.needs, values, strict=True)))
+        except Exception as error:
+            return Failure(error)
 
 
 def start(
@@ -207,13 +242,13 @@ def apply_scale(step: Scale, work: Work, whole: float) -> Work:
     return step.run(work)
 
 
-def make_receipt(work: Work, first: bool) -> Receipt:
+def make_receipt(work: Work) -> Receipt:
     """What is reported of a finished chain; bytes known from the plan are counted once, with the first row range."""
     plan = work.plan
     share = (work.rows[1] - work.rows[0]) / max(1, plan.rows)
     return Receipt(
         plan.layer.name, plan.format, round(plan.layer.nbytes * share), round(plan.nbytes_out * share),
-        time.perf_counter() - work.started, work.squared_error, work.squared_weight, first, work.quality, work.gain,
+        time.perf_counter() - work.started, work.squared_error, work.squared_weight, work.rows, work.quality, work.gain,
         work.pieces,
     )  # fmt: skip
 

@@ -25,6 +25,7 @@ _OPTIONS = {
     ),
     "Output": ("dialect", "shard_size", "overwrite", "recipe_file"),
     "Memory and devices": ("memory", "workers", "device", "scheduler"),
+    "Interruptions and errors": ("resume", "verify", "on_error"),
 }  # fmt: skip
 """Options of ``convert`` by the names of their parameters; what is not here comes last."""
 

@@ -113,6 +113,13 @@ RUNNING: Options = [
     click.option("--device", metavar="DEVICE", help="cpu (default), cuda or cuda:0."),
     click.option("--scheduler", metavar="NAME|ADDRESS",
                  help="threads (default), sync, distributed, or a Dask scheduler such as tcp://host:8786."),
+    click.option("--resume", metavar="WHEN",
+                 help="What an earlier run of the same conversion finished: auto (default) continues it, never starts "
+                 "over, require fails when there is none."),
+    click.option("--verify/--no-verify", default=None,
+                 help="Before continuing, read what is finished again and compare it with its checksums."),
+    click.option("--on-error", metavar="WHAT",
+                 help="A layer that fails, after retries: stop (default), or keep it as it is and say so."),
     click.option("--overwrite/--no-overwrite", default=None,
                  help="Replace an existing output, once the new one is complete."),
 ]  # fmt: skip
@@ -140,6 +147,7 @@ _OF_ONE_FORMAT = ("scaling", "block_size", "rotate", "input_scale")
 """Settings of a recipe that mean nothing once ``--format`` names another format."""
 _OF_ONE_SCALING = ("block_size", "rotate")
 _LORA = ("rank", "target", "depth", "ar_threshold", "method", "budget", "dtype", "dialect", "output")
+_RUN = ("workers", "device", "scheduler", "resume", "verify", "on_error")
 _TARGET = ("preset", "include", "exclude", "fallback", "rules", "heuristics")
 
 
@@ -203,7 +211,7 @@ def _recipe(
     base: Recipe, stages: dict[str, dict[str, Any]], source: tuple[str, ...], destination: str, options: dict[str, Any]
 ) -> Recipe:  # fmt: skip
     """These stages, with how and where to write as given or as ``base`` has it."""
-    run = {**vars(base.run), **_given(options, {name: name for name in ("workers", "device", "scheduler")})}
+    run = {**vars(base.run), **_given(options, {name: name for name in _RUN})}
     if options.get("memory") is not None:
         run["memory"] = parse_size(options["memory"], "--memory")
     output = vars(base.output) if base.output else {}

@@ -7,10 +7,13 @@ import os
 import re
 from pathlib import Path
 
-from ..formats.errors import CheckpointError
+from ..formats.objects import objects_at
 from ..formats.places import Place
-from ..formats.shards import SUFFIX, index_file, is_single_file, stem_of
+from ..formats.shards import SUFFIX, index_file, is_single_file, is_store, stem_of
 from .plan import Plan
+from .run_journal import SUFFIX as JOURNAL_SUFFIX
+from .run_journal import FileLog, Log
+from .store_log import StoreLog
 
 
 def folder_of(plan: Plan) -> Path:
@@ -77,6 +80,15 @@ def locks_of(plan: Plan) -> list[Path]:
     return [*([] if is_single_file(plan.output.path) else [folder / ".quantloom.lock"]), file, *adapter]
 
 
+def log_of(plan: Plan) -> Log:
+    """The journal of a run that writes this output."""
+    if is_store(plan.output.path):
+        return StoreLog(objects_at(plan.output.path))
+    if not plan.shards and plan.adapter is not None:
+        return FileLog(Path(f"{plan.adapter.shard.path}{JOURNAL_SUFFIX}"))
+    return FileLog(folder_of(plan) / f"{stem_in(plan)}{SUFFIX}{JOURNAL_SUFFIX}")
+
+
 def stem_in(plan: Plan) -> str:
     """What the names of its files begin with."""
     single = is_single_file(plan.output.path)
@@ -97,15 +109,3 @@ def sidecars_of(plan: Plan) -> list[tuple[Place, Path]]:
     if not plan.shards or is_single_file(plan.output.path):
         return []
     return [(path, folder_of(plan) / path.name) for path in plan.source.sidecars]
-
-
-def sidecar_content(plan: Plan, path: Place) -> bytes:
-    """The file as it is; a quantization that is gone is not declared in the configuration."""
-    config = plan.source.config
-    if path.name == "config.json" and config and "quantization_config" in config and not plan.verbatim:
-        kept = {key: value for key, value in config.items() if key != "quantization_config"}
-        return (json.dumps(kept, indent=2, ensure_ascii=False) + "\n").encode()
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error

@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
 
 from ..formats.errors import UsageError, did_you_mean
 from ..stages.stage import VERBS, make_stage
-from .recipe import Output, Recipe, Run
+from .recipe import OtherRun, Output, Recipe, Run, refuse_unknown
 from .sizes import parse_size
 
 if TYPE_CHECKING:
@@ -35,13 +35,15 @@ class Pipeline:
         workers: Tasks at a time; by default as many as cores and memory allow.
         device: ``cpu``, ``cuda`` or ``cuda:<index>``.
         scheduler: ``threads``, ``sync``, ``distributed`` or the address of a Dask scheduler.
+        run: Other fields of ``quantloom.flow.recipe.Run``: ``resume``, ``verify``, ``on_error``.
     """
 
     __slots__ = ("_recipe",)
 
     def __init__(self, *, memory: int | str | None = None, workers: int | None = None, device: str = "cpu",
-                 scheduler: str = "threads") -> None:  # fmt: skip
-        self._recipe = Recipe(run=Run(parse_size(memory, "memory"), workers, device, scheduler))
+                 scheduler: str = "threads", **run: Unpack[OtherRun]) -> None:  # fmt: skip
+        refuse_unknown("Pipeline", run, tuple(OtherRun.__annotations__))
+        self._recipe = Recipe(run=Run(parse_size(memory, "memory"), workers, device, scheduler, **run))
 
     @classmethod
     def from_recipe(cls, recipe: Recipe | str | os.PathLike[str]) -> Pipeline:

@@ -32,6 +32,8 @@ class Display:
         self.console = console
         self.bars: Bars | None = None
         self.bytes = self.layers = self.tasks = self.total_bytes = self.total_layers = self.total_tasks = 0
+        self.before = 0
+        """Bytes that an earlier run had read."""
         self.began = self.said = 0.0
         self.worked_on: frozenset[str] = frozenset()
         """Layers that are quantized or changed, not copied."""
@@ -59,6 +61,11 @@ class Display:
                 words = f"comparing {count(self.total_layers, 'layer')} with {plan.base_path}"
             tasks = f"{count(budget.workers, 'task')} at a time, memory budget {show_size(budget.limit)}"
             self.console.print(f"{words}, {show_size(self.total_bytes)}, {tasks}")
+
+    def resume(self, receipts: Sequence[Receipt]) -> None:
+        """Counts what was finished before, which says nothing about the rate."""
+        self.before = sum(receipt.nbytes_in for receipt in receipts)
+        self.advance(receipts)
 
     def advance(self, receipts: Sequence[Receipt]) -> None:
         """Counts finished tasks; after the last one the files are synced and renamed, which may take a while."""
@@ -95,8 +102,8 @@ class Display:
 
     def _fields(self) -> dict[str, Any]:
         """What a line shows, in its order."""
-        rate = self.bytes / max(time.perf_counter() - self.began, 1e-9)
-        left = f"{_clock((self.total_bytes - self.bytes) / rate)} left" if self.bytes else "-:-- left"
+        rate = (self.bytes - self.before) / max(time.perf_counter() - self.began, 1e-9)
+        left = f"{_clock((self.total_bytes - self.bytes) / rate)} left" if rate else "-:-- left"
         return {
             "share": f"{self.bytes / max(1, self.total_bytes):4.0%}",
             "bytes": _amount(self.bytes, self.total_bytes),

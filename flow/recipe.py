@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypedDict, TypeVar
 
 from ..formats.errors import CheckpointError, UsageError, did_you_mean, shown
 from ..formats.safetensors import parse_json
@@ -23,6 +23,8 @@ from .sizes import parse_size
 RECIPE_VERSION = 1
 DIALECTS = ("comfy",)
 SCHEDULERS = ("threads", "sync", "distributed")
+RESUME = ("auto", "never", "require")
+ON_ERROR = ("stop", "keep")
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,12 @@ class Run:
     """cpu, cuda or cuda:<index>."""
     scheduler: str = "threads"
     """threads, sync, distributed (a local cluster), or the address of a Dask scheduler."""
+    resume: str = "auto"
+    """auto: continue what an earlier run of the same conversion left; never: start over; require: refuse to."""
+    verify: bool = False
+    """Read what an earlier run finished again, and compare it with its checksums, before it is continued."""
+    on_error: str = "stop"
+    """What happens to a layer that fails for good: stop the run, or keep the layer as it is."""
 
     def __post_init__(self) -> None:
         check_types("run", Run, vars(self))
@@ -74,10 +82,21 @@ class Run:
             raise UsageError(f"unknown scheduler {shown(self.scheduler)}{hint}; or an address such as tcp://host:8786")
         if not re.fullmatch(r"cpu|cuda(:[0-9]{1,9})?", self.device):
             raise UsageError(f"unknown device {shown(self.device)}; known: cpu, cuda, cuda:0")
+        for name, known in (("resume", RESUME), ("on_error", ON_ERROR)):
+            if (value := getattr(self, name)) not in known:
+                raise UsageError(f"unknown {name} {shown(value)}{did_you_mean(value, known)}")
         if self.workers is not None and self.workers < 1:
             raise UsageError(f"{self.workers} workers: at least one is needed")
         if self.memory is not None and self.memory < 1:
             raise UsageError(f"memory of {self.memory} bytes: it must be positive")
+
+
+class OtherRun(TypedDict, total=False):
+    """Fields of Run that are rarely given."""
+
+    resume: str
+    verify: bool
+    on_error: str
 
 
 @dataclass(frozen=True)
@@ -129,7 +148,7 @@ class Recipe:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
         """Raises UsageError for a version, stage or option that does not exist."""
-        _known("recipe", values, ("quantloom_recipe", "source", "stages", "output", "run"))
+        refuse_unknown("recipe", values, ("quantloom_recipe", "source", "stages", "output", "run"))
         version = values.get("quantloom_recipe")
         if version != RECIPE_VERSION:
             wanted = f"the version {RECIPE_VERSION} that this program reads"
@@ -189,7 +208,7 @@ def _check_path(what: str, path: str) -> None:
         raise UsageError(f"{what}: {shown(path)} is no path: it holds a NUL character")
 
 
-def _known(what: str, values: Any, names: tuple[str, ...]) -> None:
+def refuse_unknown(what: str, values: Any, names: tuple[str, ...]) -> None:
     if not isinstance(values, Mapping):
         raise UsageError(f"{what} must be an object, is {type(values).__name__}")
     for name in values:
@@ -199,7 +218,7 @@ def _known(what: str, values: Any, names: tuple[str, ...]) -> None:
 
 def _build(cls: type[T], values: Any) -> T:
     names = tuple(item.name for item in fields(cls))
-    _known(cls.__name__.lower(), values, names)
+    refuse_unknown(cls.__name__.lower(), values, names)
     for name in _SIZES:
         if not isinstance(values.get(name), str | int | float | None):
             raise UsageError(f"{name} {shown(values[name])} is no size; write for example 8GB or 500MiB")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import html
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ..formats.errors import printable
+from ..formats.errors import listed, printable
 from ..formats.shards import STORE_SUFFIX, index_file, is_single_file, is_store
 from ..stages.work import Receipt
 from .adapter import AdapterFile
@@ -18,6 +18,7 @@ from .layer_report import LayerReport
 from .plan import Plan
 from .quality import MEASURES, Column, gains
 from .scalar_report import scalar_errors, scalar_warnings
+from .session import Session
 from .sizes import count, show_seconds, show_size
 from .tables import Name, short_size
 
@@ -61,6 +62,10 @@ class Report:
     legacy of the hybrid stage added it."""
     found: tuple[str, ...] = ()
     """Warnings of what the run measured; those in ``warnings`` were known before."""
+    nbytes_resumed: int = 0
+    """Of ``nbytes_in``, what an earlier run had converted."""
+    failed: Mapping[str, str] = field(default_factory=dict)
+    """Layers that failed and are kept as they are, with the reason."""
 
     @property
     def ratio(self) -> float:
@@ -103,7 +108,7 @@ class Report:
             "source": list(self.source), "output": self.output, **({"quantized": self.base} if self.base else {}),
             "bytes_in": self.nbytes_in, "bytes_out": self.nbytes_out,
             "ratio": self.ratio, "seconds": self.seconds, "peak_memory_bytes": self.peak_bytes,
-            "distributed": self.distributed,
+            "distributed": self.distributed, "resumed_bytes": self.nbytes_resumed, "failed": dict(self.failed),
             **({} if self.adapter is None else {"adapter": self.adapter.to_dict()}),
             **({"scalar_errors": dict(self.scalar_errors)} if self.scalar_errors else {}),
             "layers": [layer.to_dict() for layer in self.layers], "changed": self.changed, "kept": self.kept,
@@ -157,7 +162,7 @@ class Report:
 
     def summary(self) -> str:
         """A few lines: sizes, time, kept layers and why, and how to verify."""
-        rate = self.nbytes_in / 1e9 / self.seconds if self.seconds else 0.0
+        rate = (self.nbytes_in - self.nbytes_resumed) / 1e9 / self.seconds if self.seconds else 0.0
         peak = f"peak memory {'of the client ' if self.distributed else ''}{show_size(self.peak_bytes)}"
         did = (
             f"{self.index or self.output}: {show_size(self.nbytes_in)} -> {show_size(self.nbytes_out)} "
@@ -169,6 +174,8 @@ class Report:
             did,
             f"{show_seconds(self.seconds)}, {rate:.2f} GB/s, {peak}",
         ]
+        if self.nbytes_resumed:
+            lines.append(f"continued an earlier run, which had converted {show_size(self.nbytes_resumed)}")
         lines += [f"{count(number, 'layer')}: {what}" for what, number in self.changed.items()]
         lines += [f"kept {count(number, 'tensor')}: {reason}" for reason, number in self.kept.items()]
         lines += gains([layer.quality for layer in self.layers if layer.quality])
@@ -212,8 +219,9 @@ class Report:
         return f"<pre>{html.escape(self.summary())}</pre><table>{head}{rows}</table>"
 
 
-def make_report(plan: Plan, receipts: Sequence[Receipt], seconds: float, distributed: bool = False) -> Report:
+def make_report(session: Session, seconds: float, distributed: bool = False) -> Report:
     """Joins the receipts of each layer's row ranges."""
+    plan, receipts = session.plan, session.receipts
     joined: dict[str, list[Receipt]] = {}
     for receipt in receipts:
         joined.setdefault(receipt.name, []).append(receipt)
@@ -234,10 +242,19 @@ def make_report(plan: Plan, receipts: Sequence[Receipt], seconds: float, distrib
     return Report(
         plan.recipe.source, plan.output.path, tuple(layers), dict(plan.kept.most_common()),
         dict(plan.changed.most_common()),
-        plan.nbytes_in, _written(plan), seconds, peak_memory(), plan.notes, plan.warnings, distributed,
+        plan.nbytes_in, _written(plan), seconds, peak_memory(),
+        (*plan.notes, *session.notes), plan.warnings, distributed,
         plan.recipe.statistics or "", str(index[0]) if index else "", plan.adapter,
-        plan.base_path, wrong, scalar_warnings(wrong, receipts),
+        plan.base_path, wrong, (*_failures(session.failed), *scalar_warnings(wrong, receipts)),
+        sum(receipt.nbytes_in for receipt in session.resumed), session.failed,
     )  # fmt: skip
+
+
+def _failures(failed: Mapping[str, str]) -> list[str]:
+    """Of layers that are kept because they failed."""
+    if not failed:
+        return []
+    return [f"{count(len(failed), 'layer')} could not be quantized and stayed as they were: {listed(list(failed), 4)}"]
 
 
 def _written(plan: Plan) -> int:

@@ -60,11 +60,18 @@ def show_plan(recipe: Recipe, options: Options, named: bool = True) -> None:
 
 
 def _with_refusal(made: Plan) -> Plan:
-    """The plan with a warning where the run would not even start: the output exists, the disk is too small."""
-    from .sink import check_output
+    """The plan with a warning where the run would not even start (the output exists, the disk is too small, another
+    run was stopped there), and a note where it would continue."""
+    from .output_checks import check_output
+    from .output_files import log_of
+    from .resume import earlier_run, finished
 
     try:
         check_output(made)
+        if (record := earlier_run(made, log_of(made))) is not None:
+            names = {receipt.name for receipt in finished(made, record.receipts, ())}
+            note = f"an earlier run would be continued: {len(names)} of {len(made.layers)} tensors are finished"
+            made = replace(made, notes=(*made.notes, note))
     except QuantloomError as error:
         return replace(made, warnings=(*made.warnings, f"the run would be refused: {error}"))
     return made

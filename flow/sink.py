@@ -1,89 +1,61 @@
 """The output on disk: parts of their final size, then a commit that makes all of them real, or none.
 
-Everything is written under ``<name>.part`` first. The commit syncs the parts and renames them, the index last, so that
-whoever sees the index sees the whole model. Where several files replace others, the old ones wait under
-``<name>.previous`` until the last rename and come back when one fails. A run that fails or is stopped removes its parts
-and the folders that it made.
+Everything is written under ``<name>.part`` first, and a journal beside the parts says which layers are finished. The
+commit syncs the parts and renames them, the index last, so that whoever sees the index sees the whole model. Where
+several files replace others, the old ones wait under ``<name>.previous`` until the last rename and come back when one
+fails. What a run that fails, is stopped or killed had finished, the next one continues; a run that had finished
+nothing removes its parts and the folders that it made.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
 
-from ..formats.errors import PlanError, SinkError
-from ..formats.fileio import Writer, create_sparse, free_bytes, sync_dir, sync_file
-from ..formats.shards import SUFFIX, index_file, is_single_file, is_store
-from ..stages.work import Receipt
+from ..formats.errors import CheckpointError, NonFiniteError, PlanError, QuantloomError, SinkError, UsageError
+from ..formats.fileio import Writer, sync_dir, sync_file
+from ..formats.shards import index_file, is_store
 from ..stages.writing import PART_SUFFIX
 from . import zarr_sink
 from .checksums import finished_heads
-from .commit import PREVIOUS_SUFFIX, check_unchanged, exchange, hold, part
-from .output_files import (
-    final_paths,
-    folder_of,
-    folders_of,
-    leftovers,
-    locks_of,
-    sidecar_content,
-    sidecars_of,
-    stale_files,
-)
-from .plan import Plan
-from .sizes import show_size
+from .commit import PREVIOUS_SUFFIX, check_unchanged, exchange, finish_exchange, hold, part
+from .output_files import final_paths, folders_of, leftovers, locks_of, log_of, sidecars_of, stale_files
+from .part_files import PartSync, create_parts, mend_parts, remove_parts, sidecar_content, write_part
+from .plan import Plan, make_plan
+from .resume import damaged, earlier_run, finished
+from .run_journal import Record, committing_line, head_of, lines_of, undone_line
+from .salvage import BEFORE_SUFFIX, put_back
+from .session import Session
+from .sizes import count
 
-_SPARE_BYTES = 1 << 20
-"""Left free beside the plan's bytes, for the index and the file system's own needs."""
-
-
-def check_output(plan: Plan) -> None:
-    """Refuses, before any work, an output that exists, a place that cannot be one, and a disk that is too small."""
-    if is_store(plan.output.path):
-        zarr_sink.check_output(plan)
-        return
-    output = Path(plan.output.path)
-    try:
-        _check_kind(plan, output)
-        _check_existing(plan, output)
-        folder = folder_of(plan)
-        free, needed = free_bytes(folder), plan.nbytes_out + _sidecar_bytes(plan) + _SPARE_BYTES
-        needed += 0 if plan.adapter is None else plan.adapter.nbytes  # counted here wherever it lies
-    except OSError as error:
-        raise SinkError(f"{error.filename or output}: cannot be looked at: {error.strerror or error}") from error
-    if needed > free:
-        raise PlanError(
-            f"{folder}: the output needs {show_size(needed)}, but only {show_size(free)} are free there; "
-            "free some space, or write to another disk"
-        )
+_REFUSALS = (NonFiniteError, PlanError, UsageError)
+"""What the same run would say again."""
 
 
 @contextlib.contextmanager
-def open_sink(plan: Plan, receipts: Sequence[Receipt] = ()) -> Iterator[None]:
-    """Parts for the time of the block: its end makes them the output, an exception removes them.
+def open_sink(plan: Plan) -> Iterator[Session]:
+    """Parts for the time of the block, and what an earlier run left of them: its end makes them the output.
 
-    ``receipts`` are looked at when the block ends: headers tell checksums, and what an adapter brought.
+    An exception leaves parts and journal, if a layer is finished and the source is what it was, and says so in a note.
     """
     if is_store(plan.output.path):
-        with zarr_sink.open_sink(plan, receipts):
-            yield
+        with zarr_sink.open_sink(plan) as session:
+            yield session
         return
     folders = _make_folders(plan)
     try:
         with hold(locks_of(plan)):
+            session = _begin(plan)
             try:
-                _create_parts(plan)
-                yield
-                _finish_heads(plan, receipts)
-                _commit(plan)
-            except BaseException:
-                for path in final_paths(plan):
-                    with contextlib.suppress(OSError):
-                        if stat.S_ISREG(part(path).lstat().st_mode):  # what else stood there was refused, and stays
-                            part(path).unlink()
+                yield session
+                session.close()
+                _commit(session)
+            except BaseException as error:
+                _stop(session, error)
                 raise
     except BaseException:
         for made in folders:
@@ -92,45 +64,79 @@ def open_sink(plan: Plan, receipts: Sequence[Receipt] = ()) -> Iterator[None]:
         raise
 
 
-_OTHER_ENDINGS = (".safetensor", ".sft", ".st", ".pt", ".pth", ".bin", ".ckpt", ".gguf", ".onnx")
+def _begin(plan: Plan) -> Session:
+    """The session of a new run, or of one that continues."""
+    log = log_of(plan)
+    record = earlier_run(plan, log)
+    if record is not None:
+        return _continue(plan, record)
+    log.remove()
+    try:
+        create_parts(plan)
+        log.append(lines_of([head_of(plan)]))
+    except BaseException:
+        remove_parts(plan)
+        with contextlib.suppress(QuantloomError):
+            log.remove()
+        raise
+    return Session(plan, log, PartSync(plan))
 
 
-def _check_kind(plan: Plan, output: Path) -> None:
-    for place in {place for folder in folders_of(plan) for place in (folder, *folder.parents)}:
-        if place.is_symlink() and not place.exists():
-            raise PlanError(f"{place}: is a link to {os.readlink(place)}, which does not exist")
-    if output.suffix.lower() in (*_OTHER_ENDINGS, SUFFIX) and output.suffix != SUFFIX and not output.is_dir():
-        raise PlanError(f"{output}: a file ends in {SUFFIX}, and a folder must not look like a file; rename it")
-    if is_single_file(plan.output.path) and output.is_dir():
-        raise PlanError(f"{output}: is a folder; name a file, or a folder without the ending {SUFFIX}")
-    if not is_single_file(plan.output.path) and output.is_file():
-        raise PlanError(f"{output}: is a file; for one file as output, let the name end in {SUFFIX}")
-    for path in final_paths(plan):
-        if path.is_dir():
-            raise PlanError(f"{path}: is a folder where a file of the output belongs; write somewhere else")
+def _continue(plan: Plan, record: Record) -> Session:
+    log = log_of(plan)
+    if record.committing is not None:
+        kept = {**plan.settled.kept, **record.committing}
+        final = make_plan(plan.recipe, replace(plan.settled, kept=kept)) if record.committing else plan
+        session = Session(final, log, PartSync(final), record.receipts)
+        session.committing = True
+        return session
+    notes = []
+    if record.broken:
+        notes.append(f"{log.place}: {count(record.broken, 'line')} cut short or damaged: those layers are done again")
+    put_back(plan)
+    wrong = mend_parts(plan)
+    notes += [f"{what}: its layers are done again" for what in wrong.values()]
+    done = finished(plan, record.receipts, wrong)
+    if plan.recipe.run.verify and (bad := damaged(plan, done)):
+        notes += [f"{problem}: done again" for problem in bad.values()]
+        done = finished(plan, [receipt for receipt in done if receipt.name not in bad], ())
+    names = {receipt.name for receipt in done}
+    notes.insert(0, f"an earlier run is continued: {len(names)} of {count(len(plan.layers), 'tensor')} are finished")
+    session = Session(plan, log, PartSync(plan), done)
+    session.notes += notes
+    return session
 
 
-def _check_existing(plan: Plan, output: Path) -> None:
-    """A file that would be replaced needs ``overwrite``; one that would mix with the output is refused."""
-    if waiting := leftovers(plan, PREVIOUS_SUFFIX):
-        old, name = waiting[0], waiting[0].name.removesuffix(PREVIOUS_SUFFIX)
-        held = "a new one is there already" if os.path.lexists(old.with_name(name)) else f"{name} is missing"
-        raise PlanError(
-            f"{old}: left by a run that was stopped while it replaced {name} ({held}); rename it back to {name}, or "
-            "delete it"
-        )
-    if not plan.output.overwrite:
-        existing = [path for path in [*final_paths(plan), *stale_files(plan)] if os.path.lexists(path)]
-        if existing:
-            raise PlanError(f"{existing[0]}: exists already; pass --overwrite to replace it, or write somewhere else")
-    if is_single_file(plan.output.path) or not output.is_dir():
+def _stop(session: Session, error: BaseException) -> None:
+    """After an error or an interrupt: keeps what is finished, or removes all."""
+    with contextlib.suppress(QuantloomError):
+        session.close()
+    if session.laid_out_again:
+        remove_parts(session.plan)
+        put_back(session.first_plan)
+    plan = session.first_plan
+    if session.journalled and not isinstance(error, _REFUSALS) and _is_unchanged(plan):
+        names = {receipt.name for receipt in session.receipts[: session.journalled]}
+        kept = f"{len(names)} of {count(len(plan.layers), 'tensor')} are finished and kept beside {session.log.place}"
+        error.add_note(f"{kept}: run the same command again to continue, or delete that file to start over")
         return
-    known = {path.name for path in [*final_paths(plan), *stale_files(plan)]}
-    if others := sorted(path.name for path in output.glob(f"*{SUFFIX}") if path.name not in known):
-        raise PlanError(
-            f"{output}: holds {others[0]}, which whoever reads this folder would take for a part of the model; "
-            "write to an empty folder"
-        )
+    remove_parts(plan)
+    with contextlib.suppress(QuantloomError):
+        session.log.remove()
+
+
+def _is_unchanged(plan: Plan) -> bool:
+    try:
+        _check_sources(plan)
+    except CheckpointError:
+        return False
+    return True
+
+
+def _check_sources(plan: Plan) -> None:
+    check_unchanged(plan.source)
+    if plan.base is not None:
+        check_unchanged(plan.base)
 
 
 def _make_folders(plan: Plan) -> list[Path]:
@@ -149,59 +155,49 @@ def _make_folders(plan: Plan) -> list[Path]:
     return missing
 
 
-def _create_parts(plan: Plan) -> None:
-    """Shards with their headers and all tensors whose bytes are known already."""
-    for shard in (*plan.shards, *([] if plan.adapter is None else [plan.adapter.shard])):
-        create_sparse(part(Path(shard.path)), shard.size, shard.head)
-    known: dict[str, list[tuple[int, bytes]]] = {}
-    for layer in plan.layers:
-        slots = {slot.name: slot for slot in layer.slots}
-        for spec, content in layer.constants:
-            known.setdefault(slots[spec.name].path, []).append((slots[spec.name].start, content))
-        if layer.adapter is not None and layer.adapter.tensors is not None:
-            own = {slot.name: slot for slot in layer.adapter.slots}
-            for spec, content in layer.adapter.tensors.constants:
-                known.setdefault(own[spec.name].path, []).append((own[spec.name].start, content))
-    for path, contents in known.items():  # one file at a time: there may be more shards than descriptors
-        with Writer(path + PART_SUFFIX) as writer:
-            for start, content in contents:
-                writer.write(content, start)
-
-
-def _finish_heads(plan: Plan, receipts: Sequence[Receipt]) -> None:
+def _finish_heads(session: Session) -> None:
     """Headers with checksums, the adapter's with errors before and after too, and its configuration."""
-    for path, head in finished_heads(plan, receipts):
+    for path, head in finished_heads(session.plan, session.receipts):
         with Writer(part(Path(path))) as writer:
             writer.write(head, 0)
-    if plan.adapter is not None and plan.adapter.config is not None:
-        _write_part(plan.adapter.files[1], plan.adapter.config)
+    adapter = session.plan.adapter
+    if adapter is not None and adapter.config is not None:
+        write_part(adapter.files[1], adapter.config)
 
 
-def _commit(plan: Plan) -> None:
+def _commit(session: Session) -> None:
     """Makes the output real: everything is on the device before the first name changes."""
-    for source, target in sidecars_of(plan):
-        _write_part(target, sidecar_content(plan, source))
-    if (index := index_file(plan.shards)) is not None:
-        _write_part(*index)
+    plan = session.plan
     paths = final_paths(plan)
-    for path in paths:
-        sync_file(part(path))
-    check_unchanged(plan.source)
-    if plan.base is not None:
-        check_unchanged(plan.base)
-    if not plan.output.overwrite and (found := [path for path in paths if os.path.lexists(path)]):
-        raise SinkError(f"{found[0]}: appeared while the conversion ran; nothing was written; write somewhere else")
-    exchange(paths, stale_files(plan))
-    for path in leftovers(plan, PART_SUFFIX):  # of a run that was killed
-        with contextlib.suppress(OSError):
-            path.unlink()
+    if session.committing:
+        finish_exchange(paths, stale_files(plan), plan.output.overwrite)
+    else:
+        _complete(session)
+        for path in paths:
+            sync_file(part(path))
+        _check_sources(plan)
+        if not plan.output.overwrite and (found := [path for path in paths if os.path.lexists(path)]):
+            raise SinkError(f"{found[0]}: appeared while the conversion ran; move it away, or write somewhere else")
+        session.log.append(committing_line(session.failed))
+        try:
+            exchange(paths, stale_files(plan))
+        except BaseException:
+            session.log.append(undone_line())
+            raise
     for folder in folders_of(plan):
         sync_dir(folder)
+    for ending in (PART_SUFFIX, PREVIOUS_SUFFIX, BEFORE_SUFFIX):  # of this run, or of others that were killed
+        for path in leftovers(plan, ending):
+            with contextlib.suppress(OSError):
+                path.unlink()
+    session.log.remove()
 
 
-def _sidecar_bytes(plan: Plan) -> int:
-    return sum(source.stat().st_size for source, _ in sidecars_of(plan))
-
-
-def _write_part(path: Path, content: bytes) -> None:
-    create_sparse(part(path), len(content), content)
+def _complete(session: Session) -> None:
+    """What is known only now: headers; and small files."""
+    plan = session.plan
+    _finish_heads(session)
+    for source, target in sidecars_of(plan):
+        write_part(target, sidecar_content(plan, source))
+    if (index := index_file(plan.shards)) is not None:
+        write_part(*index)

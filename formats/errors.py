@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import re
 import reprlib
 from collections.abc import Iterable, Sequence
+from typing import TypeVar
 
 _ODD = re.compile("[\\x00-\\x1f\\x7f-\\x9f\\u200e\\u200f\\u2028-\\u202e\\u2066-\\u2069]")
 """Characters that move a terminal's cursor, change its colours or reorder its text."""
@@ -18,6 +20,9 @@ def printable(text: str) -> str:
 
 class QuantloomError(Exception):
     """Base of every error that quantloom raises on purpose. Its message is one line, safe to print."""
+
+    transient: bool = False
+    """Whether the same work may go well another time: a device or a network hiccuped."""
 
     def __str__(self) -> str:
         return printable(super().__str__())
@@ -41,6 +46,34 @@ class NonFiniteError(QuantloomError):
 
 class SinkError(QuantloomError):
     """Output that could not be written; nothing was left under a final name."""
+
+
+class WorkerError(QuantloomError):
+    """Worker processes died on a task, again and again."""
+
+
+_HICCUPS = {
+    getattr(errno, name) for name in (
+        "EIO", "EINTR", "EAGAIN", "EBUSY", "ESTALE", "ETIMEDOUT", "ECONNRESET", "ECONNABORTED", "ENETDOWN",
+        "ENETUNREACH", "ENETRESET", "EHOSTDOWN", "EHOSTUNREACH", "EREMOTEIO",
+    ) if hasattr(errno, name)
+}  # fmt: skip
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether the same work may go well another time: memory was short, or a device or a network hiccuped."""
+    if isinstance(error, QuantloomError):
+        return error.transient
+    return memory_problem(error) is not None or (isinstance(error, OSError) and error.errno in _HICCUPS)
+
+
+Known = TypeVar("Known", bound=QuantloomError)
+
+
+def because(error: Known, cause: BaseException) -> Known:
+    """The error, transient if its cause is."""
+    error.transient = is_transient(cause)
+    return error
 
 
 def memory_problem(error: BaseException) -> str | None:

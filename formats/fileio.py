@@ -16,7 +16,7 @@ from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from .errors import CheckpointError, SinkError
+from .errors import CheckpointError, SinkError, because
 from .urls import is_url
 
 if TYPE_CHECKING:
@@ -108,9 +108,8 @@ class Reader:
             try:
                 count = self._file.read_into(view[done : done + _MAX_CALL], offset + done)
             except OSError as error:
-                raise CheckpointError(
-                    f"{self.path}: cannot read {len(view)} bytes at offset {offset}: {_reason(error)}"
-                ) from error
+                what = f"{self.path}: cannot read {len(view)} bytes at offset {offset}: {_reason(error)}"
+                raise because(CheckpointError(what), error) from error
             if count <= 0:
                 raise CheckpointError(
                     f"{self.path}: file is truncated: wanted {len(view)} bytes at offset {offset}, got {done}; "
@@ -257,4 +256,4 @@ def _sink_error(path: str | Path, action: str, error: Exception, wanted: int = 0
         hint = f"; the disk filled up{need}: free space and run again"
     elif code == errno.EFBIG:
         hint = "; this file system holds no file as large: write to another one, or in smaller shards"
-    return SinkError(f"{path}: {action}: {_reason(error)}{hint}")
+    return because(SinkError(f"{path}: {action}: {_reason(error)}{hint}"), error)

@@ -37,8 +37,8 @@ class Objects(Protocol):
     def write(self, key: str, content: bytes | bytearray | memoryview) -> None:
         """Creates or replaces the object; SinkError when that fails."""
 
-    def find(self) -> Iterator[str]:
-        """Every key there is; CheckpointError when the store fails."""
+    def find(self, folder: str = "") -> Iterator[str]:
+        """Every key there is, or those in a folder; CheckpointError when the store fails."""
 
     def remove(self, keys: Iterable[str]) -> None:
         """Deletes these objects, whether they exist or not; SinkError when that fails."""
@@ -89,12 +89,14 @@ class FolderObjects:
             full = "; the disk filled up: free space and run again" if error.errno == errno.ENOSPC else ""
             raise SinkError(f"{path}: cannot be written: {error.strerror or error}{full}") from error
 
-    def find(self) -> Iterator[str]:
+    def find(self, folder: str = "") -> Iterator[str]:
+        top = self._path(folder) if folder else Path(self.root)
+
         def failed(error: OSError) -> None:
             raise CheckpointError(f"{error.filename}: cannot be looked at: {error.strerror}") from error
 
-        for folder, _folders, names in os.walk(self.root, onerror=failed if os.path.lexists(self.root) else None):
-            inner = Path(folder).relative_to(self.root)
+        for place, _folders, names in os.walk(top, onerror=failed if os.path.lexists(top) else None):
+            inner = Path(place).relative_to(self.root)
             yield from ((inner / name).as_posix() for name in names)
 
     def remove(self, keys: Iterable[str]) -> None:
@@ -143,13 +145,14 @@ class BucketObjects:
         except OSError as error:
             raise SinkError(f"{url}: cannot be written: {error.strerror or error}") from error
 
-    def find(self) -> Iterator[str]:
+    def find(self, folder: str = "") -> Iterator[str]:
         fs = self._store.fs
         path = fs._strip_protocol(self.root)
+        place = f"{path}/{folder}" if folder else path
 
         def find() -> list[str]:
             fs.invalidate_cache()
-            found: list[str] = fs.find(path)
+            found: list[str] = fs.find(place)
             return found
 
         try:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import cache
 from typing import Any
 
@@ -150,8 +150,8 @@ class ArrayWriter:
                 write_chunk(self._at(root), f"{shard}/{slot.start}", number, whole)
             offset, content = offset + len(piece), content[len(piece) :]
 
-    def finish(self) -> None:
-        """SinkError when a chunk has not got all its bytes: another task would write it too."""
+    def finish(self, _sync: bool = True) -> None:
+        """SinkError when a chunk has not got all its bytes: another task would write it too. Objects are durable."""
         for (path, start, number), (whole, filled) in self._open.items():
             have = f"{filled} of {len(whole) - _CRC_BYTES} bytes"
             raise SinkError(f"{path}/{start}: chunk {number} has {have} at the end of its task: please report this")
@@ -160,6 +160,23 @@ class ArrayWriter:
         if root not in self._objects:
             self._objects[root] = objects_at(root)
         return self._objects[root]
+
+
+def broken_chunks(objects: Objects, slots: Sequence[Slot], parts: Parts, present: Collection[str] | None) -> str:
+    """What is wrong with the first chunk that is not among the keys ``present``, or, without these, not as it was
+    written; empty when all are there."""
+    for slot in slots:
+        array, size = f"{slot.path.rpartition('/')[2]}/{slot.start}", chunk_bytes(slot, parts)
+        for number in range(-(-slot.nbytes // size)):
+            if present is not None:
+                if f"{array}/c/{number}" not in present:
+                    return f"chunk {number} of {slot.name} is missing"
+                continue
+            try:
+                read_chunk(objects, array, number, size)
+            except CheckpointError as error:
+                return f"chunk {number} of {slot.name} {error}"
+    return ""
 
 
 def writing_bytes(slots: Sequence[Slot], parts: Parts) -> int:

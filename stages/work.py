@@ -55,6 +55,8 @@ class Environment:
     """Source bytes per chunk."""
     threads: int = 1
     """Torch threads of one task. Chunks that stay in cache gain nothing from more, and waiting threads burn time."""
+    sync: bool = False
+    """Whether each task makes its bytes survive a power cut: on machines where nobody else can."""
 
 
 class Step(Protocol):
@@ -206,14 +208,19 @@ class Receipt:
     seconds: float
     squared_error: float = 0.0
     squared_weight: float = 0.0
-    first: bool = True
-    """Whether this is the layer's first (or only) row range."""
+    rows: tuple[int, int] = (0, 0)
+    """The range of rows that the task wrote: all of them, or one of the layer's parts."""
     quality: Quality | None = None
     """What a rounding method brought."""
     gain: AdapterGain | None = None
     """What the layer's adapter brought."""
     pieces: tuple[Piece, ...] = ()
     """Checksums of what was written."""
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the layer's first (or only) row range."""
+        return self.rows[0] == 0
 
     @property
     def error(self) -> float | None:

@@ -24,8 +24,9 @@ class Places(Protocol):
     def write(self, slot: Slot, offset: int, content: memoryview) -> None:
         """Bytes of a slot from ``offset`` on; SinkError when they cannot be written."""
 
-    def finish(self) -> None:
-        """Everything was written; SinkError when something of it is not where it belongs."""
+    def finish(self, sync: bool) -> None:
+        """Everything was written; SinkError when something of it is not where it belongs. ``sync``: it shall be on the
+        device, as nobody else can see to that."""
 
 
 class _Files:
@@ -40,8 +41,9 @@ class _Files:
             self._writers[slot.path] = self._stack.enter_context(Writer(slot.path + PART_SUFFIX))
         self._writers[slot.path].write(content, slot.start + offset)
 
-    def finish(self) -> None:
-        """Each write is in place when it returns."""
+    def finish(self, sync: bool) -> None:
+        for writer in self._writers.values() if sync else ():
+            writer.sync()
 
     def __enter__(self) -> Self:
         return self
@@ -68,7 +70,7 @@ class Write:
                     flat = data.reshape(-1).view(torch.uint8).numpy().data
                     sums.add(name, offset, flat)
                     places.write(slots[name], offset, flat)
-            places.finish()
+            places.finish(work.environment.sync)
         work.pieces = sums.pieces()
         return work
 

@@ -22,6 +22,14 @@ def sharded(tmp_path: Path) -> Path:
     return write_folder(tmp_path / "sharded")
 
 
+@pytest.fixture(autouse=True)
+def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What fails is tried again at once."""
+    from quantloom.flow import recovery
+
+    monkeypatch.setattr(recovery, "PAUSE", 0.0)
+
+
 @pytest.fixture
 def cli(capfd: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
     """Runs ``quantloom`` with these arguments; status, stdout and stderr."""

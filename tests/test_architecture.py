@@ -100,14 +100,18 @@ def test_nobody_prints_but_the_console(path: Path) -> None:
 
 @pytest.mark.parametrize("path", MODULES, ids=NAMES)
 def test_no_error_is_swallowed_whole(path: Path) -> None:
-    """Bare ``except:`` nowhere; ``except Exception`` only where a clean-up must not hide the first error."""
+    """Bare ``except:`` nowhere; ``except Exception`` only where a clean-up must not hide the first error, or
+    where the error is handed over."""
     for node in ast.walk(tree(path)):
         if isinstance(node, ast.ExceptHandler):
             assert node.type is not None, f"{path.name}:{node.lineno}"
             caught = node.type.id if isinstance(node.type, ast.Name) else ""
             if caught in ("Exception", "BaseException"):
                 again = any(isinstance(inner, ast.Raise) for inner in ast.walk(node))
-                handed_over = any(isinstance(inner, ast.Attribute) and inner.attr == "put" for inner in ast.walk(node))
+                handed_over = any(
+                    (isinstance(inner, ast.Attribute) and inner.attr == "put")
+                    or (isinstance(inner, ast.Name) and inner.id == "Failure") for inner in ast.walk(node)
+                )  # fmt: skip
                 assert again or handed_over, f"{path.name}:{node.lineno} catches {caught} and goes on"
 
 

@@ -14,7 +14,7 @@ import torch
 from checkpoints import FORMATS, Ran, listing, make_tensors, write_file, write_folder
 from safetensors.torch import load_file, save_file
 
-from quantloom.flow import budget, sink
+from quantloom.flow import budget, output_checks
 from quantloom.formats import fileio
 
 Cli = Callable[..., Ran]
@@ -345,7 +345,7 @@ def test_a_budget_that_is_too_small(bench: Bench) -> None:
 
 def test_a_disk_that_is_too_small(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_file(bench.folder / "in.safetensors")
-    monkeypatch.setattr(sink, "free_bytes", lambda folder: 12_345)
+    monkeypatch.setattr(output_checks, "free_bytes", lambda folder: 12_345)
     bench.refused(path, "the output needs 1.", " MB, but only 12.35 kB are free there")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -22,7 +23,7 @@ from safetensors.torch import load_file, save_file
 
 import quantloom
 from quantloom import Pipeline
-from quantloom.flow import commit, graph, sink
+from quantloom.flow import commit, graph, output_checks, sink
 from quantloom.formats import fileio
 from quantloom.formats.comfy import HEADER_KEY, MARKER
 from quantloom.formats.errors import CheckpointError, PlanError, QuantloomError, SinkError
@@ -256,14 +257,14 @@ def test_a_file_where_a_folder_should_be_and_the_reverse(checkpoint: Path, tmp_p
 
 
 def test_a_disk_that_is_too_small(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sink, "free_bytes", lambda folder: 100_000)
+    monkeypatch.setattr(output_checks, "free_bytes", lambda folder: 100_000)
     refused(tmp_path, checkpoint, tmp_path / "new" / "out.safetensors", "only 100.00 kB are free there")
 
 
 def test_sidecars_count_for_the_disk(sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flow = Pipeline().read(sharded).quantize("mxfp8").write(tmp_path / "out", compute=False)
     (sharded / "tokenizer.model").write_bytes(bytes(3_000_000))
-    monkeypatch.setattr(sink, "free_bytes", lambda folder: flow.plan.nbytes_out + 2_500_000)
+    monkeypatch.setattr(output_checks, "free_bytes", lambda folder: flow.plan.nbytes_out + 2_500_000)
     refused(tmp_path, sharded, tmp_path / "out", "are free there")
 
 
@@ -396,17 +397,36 @@ def scheduler(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     return request.param  # type: ignore[no-any-return]
 
 
+def unfinished(files: dict[str, str]) -> set[str]:
+    """What an unfinished run leaves."""
+    return {name for name in files if name.endswith((".part", ".journal.jsonl"))}
+
+
 @pytest.mark.parametrize("name", FAILURES)
-def test_a_failure_leaves_nothing_behind(name: str, scheduler: str, sharded: Path, tmp_path: Path,
-                                         monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+def test_what_was_finished_before_a_failure_is_kept(name: str, scheduler: str, sharded: Path, tmp_path: Path,
+                                                    monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    """Nothing is left but parts and journal, or nothing at all; the same command then makes what it always makes."""
     what, after, error, kind, words = FAILURES[name]
-    before = listing(tmp_path)
-    fail(monkeypatch, what, after, error)
-    for output in (tmp_path / "deep" / "new" / "out.safetensors", tmp_path / "folder"):
-        with pytest.raises(kind) as caught:
-            convert(sharded, output, scheduler=scheduler)
+    outputs = "deep/new/out.safetensors", "folder"
+    for output in outputs:
+        convert(sharded, tmp_path / "wanted" / output)
+    wanted, before = listing(tmp_path / "wanted"), listing(tmp_path)
+    finished: set[str] = set()
+    for output in outputs:
+        with monkeypatch.context() as broken:
+            broken.setattr(fileio, "PORTABLE", False)
+            fail(broken, what, after, error)
+            with pytest.raises(kind) as caught:
+                convert(sharded, tmp_path / "made" / output, scheduler=scheduler)
         assert words in str(caught.value)
-        assert listing(tmp_path) == before
+        left = {path: digest for path, digest in listing(tmp_path).items() if path not in before and digest}
+        assert left.keys() - unfinished(left) == finished
+        notes = " ".join(getattr(caught.value, "__notes__", ()))
+        assert ("run the same command again to continue" in notes) == bool(unfinished(left))
+        report = convert(sharded, tmp_path / "made" / output, scheduler=scheduler)
+        assert bool(report.nbytes_resumed) == bool(unfinished(left))
+        finished = {path for path, digest in listing(tmp_path).items() if path not in before and digest}
+    assert listing(tmp_path / "made") == wanted
 
 
 @pytest.mark.parametrize("name", FAILURES)
@@ -423,7 +443,9 @@ def test_a_failed_overwrite_leaves_the_old_output(name: str, split: int | None, 
         convert(sharded, tmp_path / "out", "nvfp4", shard_size=split, overwrite=True)
     with pytest.raises(kind):
         convert(sharded, tmp_path / "out.safetensors", "nvfp4", overwrite=True)
-    assert listing(tmp_path) == before
+    left = listing(tmp_path)
+    assert before.items() <= left.items()
+    assert left.keys() - before.keys() == unfinished(left)
 
 
 @pytest.mark.parametrize("after", range(16))
@@ -445,7 +467,9 @@ def test_a_rename_that_fails_in_the_middle_is_undone(after: int, sharded: Path, 
     try:
         convert(sharded, tmp_path / "out", "nvfp4", shard_size=100_000, overwrite=True)
     except SinkError:
-        assert listing(tmp_path) == before
+        left = listing(tmp_path)
+        assert before.items() <= left.items()
+        assert left.keys() - before.keys() == unfinished(left)
     else:
         assert calls <= after
         assert not [name for name in listing(tmp_path) if name.endswith((".part", ".previous"))]
@@ -562,6 +586,10 @@ def test_an_output_that_appears_during_the_run(checkpoint: Path, tmp_path: Path,
     with pytest.raises(SinkError, match="appeared while the conversion ran"):
         convert(checkpoint, output)
     assert output.read_bytes() == b"precious"
+    left = listing(tmp_path)
+    assert left.keys() - unfinished(left) == {"in", "in/tiny.safetensors", "out.safetensors"}
+    output.unlink()
+    convert(checkpoint, output)
     assert set(listing(tmp_path)) == {"in", "in/tiny.safetensors", "out.safetensors"}
 
 
@@ -623,7 +651,9 @@ def test_a_previous_that_appears_during_the_run(sharded: Path, tmp_path: Path, m
     before = listing(out)
     with pytest.raises(SinkError, match=r"config.json.previous: appeared meanwhile"):
         convert(sharded, out, "nvfp4", overwrite=True)
-    assert listing(out).items() - before.items() == {("config.json.previous", listing(out)["config.json.previous"])}
+    left = listing(out)
+    assert left.keys() - before.keys() - unfinished(left) == {"config.json.previous"}
+    assert before.items() <= left.items()
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no such limit")
@@ -696,9 +726,14 @@ def test_ctrl_c(scheduler: str, number: int, sharded: Path, tmp_path: Path) -> N
     assert run.returncode == 1
     assert out == ""
     last = err.strip().splitlines()[-1]
-    assert last == "stopped: what had been written was removed, and nothing was left under the name of the output"
+    left = listing(tmp_path)
+    assert {path for path in left.keys() - before.keys() if path != "out"} == unfinished(left)
+    if not unfinished(left):
+        assert last == "stopped: what had been written was removed, and nothing was left under the name of the output"
+    else:
+        kept = r"stopped: [1-9]\d* of 15 tensors are finished and kept beside .*/model.safetensors.journal.jsonl: "
+        assert re.fullmatch(kept + "run the same command again to continue, or delete that file to start over", last)
     assert "Traceback" not in err
-    assert listing(tmp_path) == before
 
 
 # -- without positional calls ------------------------------------------------------------------------------------------

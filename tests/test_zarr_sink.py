@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from checkpoints import FORMATS, Ran, listing, make_tensors, write_file, write_folder
+from checkpoints import FORMATS, Ran, listing, make_tensors, write_file
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantloom import Pipeline
+from quantloom import Flow, Pipeline
 from quantloom.flow import graph, parts
 from quantloom.flow.assemble import assemble
+from quantloom.flow.store_log import StoreLog
 from quantloom.formats import output_store, zarr_store
-from quantloom.formats.errors import CheckpointError, PlanError, QuantloomError, SinkError, UsageError
+from quantloom.formats.errors import CheckpointError, NonFiniteError, PlanError, QuantloomError, SinkError, UsageError
 from quantloom.formats.objects import FolderObjects, objects_at
 from quantloom.formats.output_store import OutputStore
 from quantloom.formats.store_table import ENTRY, read_table, write_table
@@ -148,7 +151,7 @@ def test_bytes_in_any_order_become_whole_chunks(data: st.DataObject, shape: list
         size = chunk_bytes(slot)
         assert 1 <= size <= max(limit, 1)
         cuts = sorted(data.draw(st.sets(st.integers(0, slot.nbytes), max_size=6)) | {0, slot.nbytes})
-        pieces = data.draw(st.permutations(list(zip(cuts, cuts[1:], strict=False))))
+        pieces = data.draw(st.permutations(list(itertools.pairwise(cuts))))
         writer = ArrayWriter()
         for start, stop in pieces:
             writer.write(slot, start, memoryview(content[start:stop]))
@@ -256,8 +259,8 @@ def change(store: Path, **changes: Any) -> None:
 
 HOSTILE: list[dict[str, Any]] = [
     *({"shard_name": name} for name in (
-        "../out.safetensors", "/tmp/out.safetensors", "a/b.safetensors", "a\\b.safetensors", "..", "", "con.safetensors",
-        ".safetensors", "x.bin", "a\0.safetensors", 5, None, "x" * 300 + ".safetensors", "C:x.safetensors",
+        "../out.safetensors", "/tmp/out.safetensors", "a/b.safetensors", "a\\b.safetensors", "..", "",
+        "con.safetensors", ".safetensors", "x.bin", "a\0.safetensors", 5, None, "x" * 300 + ".safetensors", "C:x.safetensors",
     )),
     *({"shard_size": size} for size in (-1, 1 << 80, 0, 100, "5", 1.5, True, 1 << 61)),
     *({"shard_head": size} for size in (0, 1, 7, 8, 1 << 40, 500)),
@@ -265,7 +268,8 @@ HOSTILE: list[dict[str, Any]] = [
     *({"sidecars": files} for files in (
         [{"name": "../x", "nbytes": 1}], [{"name": "model-00001-of-00002.safetensors", "nbytes": 1}], [5], "x", None,
         [{"name": "x.part", "nbytes": 1}], [{"name": "config.json", "nbytes": 1 << 61}], [{"name": "config.json"}],
-        [{"name": "model.safetensors.index.json", "nbytes": 4}], [{"name": "a", "nbytes": 1}, {"name": "A", "nbytes": 1}],
+        [{"name": "model.safetensors.index.json", "nbytes": 4}],
+        [{"name": "a", "nbytes": 1}, {"name": "A", "nbytes": 1}],
     )),
     *({"shards": files} for files in ([], None, [[]], {})),
     *({"checksums": sums} for sums in ([], [1], [1, 1], [1 << 61, 1], "x", [-1, 3])),
@@ -283,8 +287,10 @@ def test_tables_that_lie_are_refused(changes: dict[str, Any], stored: Path, tmp_
     assert files_below(tmp_path) == before
 
 
-@pytest.mark.parametrize("text", [b"", b"[", b"{}", b"[]", b'{"attributes": 5}', b'{"attributes": {"quantloom_output": 5}}',
-                                  b"[" * 100_000, b'{"attributes": {"quantloom_output": []}}'])  # fmt: skip
+@pytest.mark.parametrize("text", [
+    b"", b"[", b"{}", b"[]", b'{"attributes": 5}', b'{"attributes": {"quantloom_output": 5}}', b"[" * 100_000,
+    b'{"attributes": {"quantloom_output": []}}',
+])  # fmt: skip
 def test_groups_that_are_no_output_are_refused(text: bytes, stored: Path, tmp_path: Path, checkpoint: Path) -> None:
     (stored / "zarr.json").write_bytes(text)
     with pytest.raises(CheckpointError):
@@ -294,42 +300,48 @@ def test_groups_that_are_no_output_are_refused(text: bytes, stored: Path, tmp_pa
     assert (stored / "zarr.json").read_bytes() == text
 
 
-@settings(deadline=None, max_examples=60)
-@given(data=st.data())
-def test_damaged_headers_and_lists_never_write_outside(data: st.DataObject, tmp_path_factory: Any) -> None:
-    """Bytes of the arrays ``files`` and ``checksums`` change, with chunks whose CRC fits."""
-    folder = tmp_path_factory.mktemp("hostile")
-    source = write_file(folder / "in" / "m.safetensors", {"a.weight": torch.ones(64, 64), "b": torch.zeros(0)})
-    store = folder / "out.zarr"
+@pytest.mark.parametrize("key", ["files", "checksums"])
+def test_damaged_headers_and_lists_never_write_outside(key: str, tmp_path: Path) -> None:
+    """Bytes of the two arrays change, with a CRC that fits."""
+    source = write_file(tmp_path / "in" / "m.safetensors", {"a.weight": torch.ones(64, 64), "b": torch.zeros(0)})
+    store, made = tmp_path / "out.zarr", tmp_path / "made"
     Pipeline().read(source).quantize("fp8").write(store)
     objects = objects_at(str(store))
     table = read_table(objects)
     assert table is not None
     assert table.checksums is not None
-    key, total = data.draw(st.sampled_from([("files", table.files_bytes), ("checksums", sum(table.checksums))]))
-    content = bytearray(read_chunk(objects, key, 0, total))
-    for place in data.draw(st.lists(st.integers(0, total - 1), min_size=1, max_size=4)):
-        content[place] = data.draw(st.sampled_from(b'0123456789"[]{},:-e/.a \x00\xff'))
-    write_chunk(objects, key, 0, bytearray(bytes(content) + bytes(4)))
-    before = files_below(folder)
-    try:
-        assemble(str(store), str(folder / "made" / "x.safetensors"))
-    except QuantloomError:
-        assert files_below(folder) == before
-    else:
-        assert files_below(folder) - before == {"made/x.safetensors"}
-    shutil.rmtree(folder)
+    total = table.files_bytes if key == "files" else sum(table.checksums)
+    good = bytes(read_chunk(objects, key, 0, total))
+    before = files_below(tmp_path)
+
+    @settings(deadline=None, max_examples=80)
+    @given(st.lists(st.tuples(st.integers(0, total - 1), st.sampled_from(b'012789"[]{},:-e/.a \x00\xff')), min_size=1))
+    def check(changes: list[tuple[int, int]]) -> None:
+        content = bytearray(good)
+        for place, value in changes:
+            content[place] = value
+        write_chunk(objects, key, 0, content + bytes(4))
+        try:
+            assemble(str(store), str(made / "x.safetensors"), overwrite=True)
+        except QuantloomError:
+            assert files_below(tmp_path) == before
+        else:
+            assert files_below(tmp_path) - before == {"made/x.safetensors"}
+            (made / "x.safetensors").unlink()
+            made.rmdir()
+
+    check()
 
 
 # Stores that exist
 
 
-class Broken(RuntimeError):
+class Broken(Exception):
     """What a task dies of."""
 
 
-def interrupted(pipeline: Pipeline, store: Path | str, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
-    """A run that dies once ``after`` chunks of tasks are written."""
+def interrupted(flow: Flow, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
+    """A run that dies once tasks wrote so often."""
     with monkeypatch.context() as patch:
         left, whole = [after], ArrayWriter.write
 
@@ -340,23 +352,80 @@ def interrupted(pipeline: Pipeline, store: Path | str, monkeypatch: pytest.Monke
             whole(self, slot, offset, content)
 
         patch.setattr("quantloom.stages.writing.ArrayWriter.write", write)
-        with pytest.raises(Broken):
-            pipeline.write(store)
+        with pytest.raises(Broken) as died:
+            flow.compute()
+        assert "are finished and kept in" in died.value.__notes__[0]
 
 
-def test_a_store_that_is_not_complete_says_so_and_is_continued(
-    tmp_path: Path, sharded: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def one_by_one(tmp_path: Path, sharded: Path, monkeypatch: pytest.MonkeyPatch) -> Flow:
+    """A conversion into ``out.zarr`` whose layers are tasks."""
     monkeypatch.setattr(graph, "BATCH_BYTES", 1)
-    quantized, store = Pipeline(scheduler="sync").read(sharded).quantize("mxfp8"), tmp_path / "out.zarr"
-    interrupted(quantized, store, monkeypatch, after=25)
-    with pytest.raises(CheckpointError, match=r"is not complete: \d+ of 38 tensors lack bytes; run the conversion") as no:
-        assemble(str(store), str(tmp_path / "made"))
-    assert "0 of 38" not in str(no.value)
-    quantized.write(store)
+    quantized = Pipeline(scheduler="sync").read(sharded).quantize("mxfp8")
     quantized.write(tmp_path / "direct")
+    return quantized.write(tmp_path / "out.zarr", compute=False)
+
+
+def test_a_store_that_is_not_complete_says_so(
+    one_by_one: Flow, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupted(one_by_one, monkeypatch, after=45)
+    lacking = r"is not complete: [1-9]\d? of [1-9]\d tensors lack bytes; run the conversion into this store again"
+    with pytest.raises(CheckpointError, match=lacking):
+        assemble(str(tmp_path / "out.zarr"), str(tmp_path / "made"))
+
+
+@pytest.mark.parametrize("damage", ["none", "lost", "changed"])
+def test_finished_layers_are_not_done_again(
+    damage: str, one_by_one: Flow, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for those whose chunks are lost; of what was changed, only who asks to verify hears before the assembly."""
+    store = tmp_path / "out.zarr"
+    fresh = Flow(replace(one_by_one.recipe, run=replace(one_by_one.recipe.run, verify=damage == "changed")))
+    interrupted(one_by_one, monkeypatch, after=45)
+    finished = {key for line in StoreLog(objects_at(str(store))).read().splitlines()[1:]
+                for key in [json.loads(line.partition(b" ")[2])["done"]["name"]]}  # fmt: skip
+    victim = max((plan for plan in fresh.plan.layers if plan.layer.name in finished), key=lambda plan: plan.nbytes_out)
+    slot = max(victim.slots, key=lambda slot: slot.nbytes)
+    chunk = store / "1" / str(slot.start) / "c" / "0"
+    if damage == "lost":
+        chunk.unlink()
+    if damage == "changed":
+        chunk.write_bytes(bytes(chunk.stat().st_size))
+    done = []
+    whole = ArrayWriter.finish
+    monkeypatch.setattr(ArrayWriter, "finish", lambda self, sync=True: (done.append(1), whole(self, sync)))
+    report = fresh.compute()
+    redone = damage != "none"
+    assert len(done) == len(fresh.plan.layers) - len(finished) + redone
+    assert any("an earlier run is continued" in note for note in report.notes)
+    assert any(f"{victim.layer.name}: chunk 0 of {slot.name}" in note for note in report.notes) == redone
     assemble(str(store), str(tmp_path / "made"))
     assert listing(tmp_path / "made") == listing(tmp_path / "direct")
+    assert not (store / "journal" / "00000001.jsonl").exists()
+
+
+def test_an_unfinished_store_of_another_plan_is_never_replaced(
+    one_by_one: Flow, tmp_path: Path, sharded: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupted(one_by_one, monkeypatch, after=45)
+    before = listing(tmp_path / "out.zarr")
+    with pytest.raises(PlanError, match="convert as that run did to continue it, or delete it"):
+        Pipeline().read(sharded).quantize("fp8").write(tmp_path / "out.zarr", overwrite=True)
+    assert listing(tmp_path / "out.zarr") == before
+
+
+def test_a_run_that_finished_nothing_leaves_nothing(tmp_path: Path, sharded: Path) -> None:
+    tensors = make_tensors()
+    tensors["odd.weight"][0, 0] = float("nan")
+    source = write_file(tmp_path / "bad" / "x.safetensors", tensors)
+    with pytest.raises(NonFiniteError):
+        Pipeline().read(source).quantize("fp8").write(tmp_path / "out.zarr")
+    assert not (tmp_path / "out.zarr").exists()
+    with pytest.raises(PlanError, match="on-error keep"):
+        Pipeline(on_error="keep").read(sharded).quantize("fp8").write(tmp_path / "out.zarr")
+    with pytest.raises(PlanError, match="nothing to continue"):
+        Pipeline(resume="require").read(sharded).quantize("fp8").write(tmp_path / "out.zarr")
 
 
 def test_a_store_of_another_plan_is_never_touched(stored: Path, tmp_path: Path, sharded: Path) -> None:
@@ -476,11 +545,11 @@ def test_writes_are_repeated_when_the_store_is_busy(
     from quantloom.formats import retries
 
     monkeypatch.setattr(retries, "_FIRST_WAIT", 0.001)
-    whole, calls = MemoryFileSystem.pipe_file, [0]
+    whole, calls = MemoryFileSystem.pipe_file, Counter[str]()
 
     def busy(self: Any, path: str, value: bytes, **options: Any) -> Any:
-        calls[0] += 1
-        if calls[0] % 3:
+        calls[path] += 1
+        if calls[path] % 3:
             raise ConnectionResetError("reset by peer")
         return whole(self, path, value, **options)
 

@@ -1,0 +1,110 @@
+"""The files of an output while they are parts: created in their final size, filled with what is known, removed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import stat
+from collections.abc import Collection, Iterable
+from pathlib import Path
+
+from ..formats.errors import CheckpointError
+from ..formats.fileio import Writer, create_sparse, sync_dir, sync_file
+from ..formats.places import Place
+from ..formats.shards import Shard
+from ..stages.work import Receipt
+from .commit import part
+from .output_files import final_paths, folders_of
+from .plan import Plan
+from .resume import slots_of
+
+
+def shards_of(plan: Plan) -> tuple[Shard, ...]:
+    """Every safetensors file of the output, the adapter's too."""
+    return (*plan.shards, *([] if plan.adapter is None else [plan.adapter.shard]))
+
+
+def create_parts(plan: Plan) -> None:
+    """Shards with their headers and all tensors whose bytes are known already."""
+    for shard in shards_of(plan):
+        create_sparse(part(Path(shard.path)), shard.size, shard.head)
+    _fill(plan, {str(Path(shard.path).absolute()) for shard in shards_of(plan)})
+    _sync_folders(plan)
+
+
+def mend_parts(plan: Plan) -> dict[str, str]:
+    """Creates those parts of an earlier run anew that are not of their size any more: by final path, what was wrong."""
+    wrong = {}
+    for shard in shards_of(plan):
+        path = part(Path(shard.path))
+        try:
+            size = path.lstat().st_size
+        except FileNotFoundError:
+            wrong[shard.path] = f"{path} is missing"
+        else:
+            if size == shard.size and stat.S_ISREG(path.lstat().st_mode):
+                continue
+            wrong[shard.path] = f"{path} has {size} bytes instead of {shard.size}"
+        create_sparse(path, shard.size, shard.head)
+    _fill(plan, {str(Path(path).absolute()) for path in wrong})
+    _sync_folders(plan)
+    return wrong
+
+
+def remove_parts(plan: Plan) -> None:
+    """As far as that is possible."""
+    for path in final_paths(plan):
+        with contextlib.suppress(OSError):
+            if stat.S_ISREG(part(path).lstat().st_mode):  # what else stood there was refused, and stays
+                part(path).unlink()
+
+
+class PartSync:
+    """Makes the bytes of finished layers survive a power cut."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._paths = {plan.layer.name: {slot.path for slot in slots_of(plan).values()} for plan in plan.layers}
+
+    def __call__(self, receipts: Iterable[Receipt]) -> None:
+        """Raises SinkError for a file that cannot be synced."""
+        for path in sorted(set().union(*(self._paths[receipt.name] for receipt in receipts))):
+            sync_file(part(Path(path)))
+
+
+def write_part(path: Path, content: bytes) -> None:
+    """A small file, whole."""
+    create_sparse(part(path), len(content), content)
+
+
+def sidecar_content(plan: Plan, path: Place) -> bytes:
+    """The file as it is; a quantization that is gone is not declared in the configuration."""
+    config = plan.source.config
+    if path.name == "config.json" and config and "quantization_config" in config and not plan.verbatim:
+        kept = {key: value for key, value in config.items() if key != "quantization_config"}
+        return (json.dumps(kept, indent=2, ensure_ascii=False) + "\n").encode()
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _fill(plan: Plan, paths: Collection[str]) -> None:
+    """Writes what is known already into the parts of these files (absolute final paths)."""
+    known: dict[str, list[tuple[int, bytes]]] = {}
+    for layer in plan.layers:
+        slots = {slot.name: slot for slot in layer.slots}
+        for spec, content in layer.constants:
+            known.setdefault(slots[spec.name].path, []).append((slots[spec.name].start, content))
+        if layer.adapter is not None and layer.adapter.tensors is not None:
+            own = {slot.name: slot for slot in layer.adapter.slots}
+            for spec, content in layer.adapter.tensors.constants:
+                known.setdefault(own[spec.name].path, []).append((own[spec.name].start, content))
+    for path in known.keys() & paths:  # one file at a time: there may be more shards than descriptors
+        with Writer(part(Path(path))) as writer:
+            for start, content in known[path]:
+                writer.write(content, start)
+
+
+def _sync_folders(plan: Plan) -> None:
+    for folder in folders_of(plan):
+        sync_dir(folder)

@@ -1,0 +1,103 @@
+"""What a run has finished: receipts, and the journal that keeps them once their bytes are on the device.
+
+Syncing after every layer would stop the work each time. A thread does it for all layers that were finished meanwhile,
+beside the work: first their files, then one append of their lines.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+
+from ..formats.errors import QuantloomError
+from ..stages.work import Receipt
+from .plan import Plan
+from .run_journal import Log, finished_lines
+
+_log = logging.getLogger(__name__)
+
+INTERVAL = 5.0
+"""Seconds between two syncs: as much work is lost when the power goes."""
+SHARE = 20
+"""A sync that took long is followed by a pause of so many times its length."""
+
+
+class Session:
+    """A run's receipts: those of an earlier run, and those that are added."""
+
+    def __init__(
+        self, plan: Plan, log: Log, sync: Callable[[Iterable[Receipt]], None], done: Sequence[Receipt] = ()
+    ) -> None:
+        self.first_plan, self.log = plan, log
+        self.plan = plan
+        """What becomes real: another one than ``first_plan`` when layers failed that are then kept."""
+        self.failed: dict[str, str] = {}
+        """Those layers, with the reason."""
+        self.laid_out_again = False
+        """Whether files of ``plan`` take the place of those of ``first_plan``."""
+        self.committing = False
+        """Whether an earlier run was killed while files got their names: nothing else is left to do."""
+        self.receipts: list[Receipt] = list(done)
+        self.resumed = tuple(done)
+        """What an earlier run had finished."""
+        self.notes: list[str] = []
+        """What was found of it, for people."""
+        self.journalled = len(self.resumed)
+        """Receipts in the journal."""
+        self._counted = {(receipt.name, receipt.rows) for receipt in done}
+        self._sync = sync
+        self._pending: list[Receipt] = []
+        self._lock = threading.Lock()
+        self._ended = threading.Event()
+        self._error: QuantloomError | None = None
+        self._thread = threading.Thread(target=self._keep, name="quantloom-journal", daemon=True)
+        self._thread.start()
+
+    def add(self, receipts: Sequence[Receipt]) -> list[Receipt]:
+        """Counts what was written, and returns what was not counted before: a layer that is tried again may bring row
+        ranges that were. Raises what went wrong when earlier receipts were journalled."""
+        new = self.add_new(receipts)
+        with self._lock:
+            self._pending += new
+            error = self._error
+        if error is not None:
+            raise error
+        return new
+
+    def add_new(self, receipts: Iterable[Receipt]) -> list[Receipt]:
+        """The same without journalling."""
+        new = [receipt for receipt in receipts if (receipt.name, receipt.rows) not in self._counted]
+        self._counted |= {(receipt.name, receipt.rows) for receipt in new}
+        self.receipts += new
+        return new
+
+    def close(self) -> None:
+        """Journals what is pending, and ends. Raises QuantloomError when a file cannot be synced."""
+        self._ended.set()
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        self._commit()
+
+    def _keep(self) -> None:
+        pause = INTERVAL
+        while not self._ended.wait(pause):
+            began = time.perf_counter()
+            try:
+                self._commit()
+            except QuantloomError as error:
+                with self._lock:
+                    self._error = error
+                return
+            pause = max(INTERVAL, SHARE * (time.perf_counter() - began))
+
+    def _commit(self) -> None:
+        with self._lock:
+            taken, self._pending = self._pending, []
+        if taken:
+            self._sync(taken)
+            self.log.append(finished_lines(taken))
+            self.journalled += len(taken)
+            _log.debug("%s: %d receipts", self.log.place, len(taken))
