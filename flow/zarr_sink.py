@@ -119,11 +119,11 @@ def _begin(plan: Plan, objects: Objects) -> tuple[Table, Session]:
     split = plan.output.shard_bytes is not None
     table, files = table_of(plan.digest, __version__, split, plan.shards, chunks, sidecars)
     found, log = _check_existing(plan, objects), log_of(plan)
-    if found is not None and found.checksums is None:
-        if not found.same_output(table):
+    if found is None or found.checksums is None:
+        if found is not None and not found.same_output(table):
             raise PlanError(f"{objects.root}: its table is not that of this plan; delete it, or write somewhere else")
         record = earlier_run(plan, log)
-        if record is not None:
+        if found is not None and record is not None:
             return table, _continue(plan, objects, record.receipts)
     objects.remove(key for key in objects.find() if is_own(key))
     create_store(objects, table, files, plan.shards, chunks)

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Protocol
 
-from .errors import CheckpointError, SinkError
+from .errors import CheckpointError, SinkError, because
 from .fileio import Reader, free_bytes, sync_dir
 from .ranges import store_of
 from .retries import patiently
@@ -143,7 +143,7 @@ class BucketObjects:
         try:
             patiently(url, lambda: self._store.fs.pipe_file(path, whole))
         except OSError as error:
-            raise SinkError(f"{url}: cannot be written: {error.strerror or error}") from error
+            raise because(SinkError(f"{url}: cannot be written: {error.strerror or error}"), error) from error
 
     def find(self, folder: str = "") -> Iterator[str]:
         fs = self._store.fs

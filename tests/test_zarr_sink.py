@@ -260,7 +260,8 @@ def change(store: Path, **changes: Any) -> None:
 HOSTILE: list[dict[str, Any]] = [
     *({"shard_name": name} for name in (
         "../out.safetensors", "/tmp/out.safetensors", "a/b.safetensors", "a\\b.safetensors", "..", "",
-        "con.safetensors", ".safetensors", "x.bin", "a\0.safetensors", 5, None, "x" * 300 + ".safetensors", "C:x.safetensors",
+        "con.safetensors", ".safetensors", "x.bin", "a\0.safetensors", 5, None, "x" * 300 + ".safetensors",
+        "C:x.safetensors",
     )),
     *({"shard_size": size} for size in (-1, 1 << 80, 0, 100, "5", 1.5, True, 1 << 61)),
     *({"shard_head": size} for size in (0, 1, 7, 8, 1 << 40, 500)),
@@ -369,7 +370,7 @@ def one_by_one(tmp_path: Path, sharded: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_a_store_that_is_not_complete_says_so(
     one_by_one: Flow, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    interrupted(one_by_one, monkeypatch, after=45)
+    interrupted(one_by_one, monkeypatch, after=20)
     lacking = r"is not complete: [1-9]\d? of [1-9]\d tensors lack bytes; run the conversion into this store again"
     with pytest.raises(CheckpointError, match=lacking):
         assemble(str(tmp_path / "out.zarr"), str(tmp_path / "made"))
@@ -382,7 +383,7 @@ def test_finished_layers_are_not_done_again(
     """But for those whose chunks are lost; of what was changed, only who asks to verify hears before the assembly."""
     store = tmp_path / "out.zarr"
     fresh = Flow(replace(one_by_one.recipe, run=replace(one_by_one.recipe.run, verify=damage == "changed")))
-    interrupted(one_by_one, monkeypatch, after=45)
+    interrupted(one_by_one, monkeypatch, after=20)
     finished = {key for line in StoreLog(objects_at(str(store))).read().splitlines()[1:]
                 for key in [json.loads(line.partition(b" ")[2])["done"]["name"]]}  # fmt: skip
     victim = max((plan for plan in fresh.plan.layers if plan.layer.name in finished), key=lambda plan: plan.nbytes_out)
@@ -408,7 +409,7 @@ def test_finished_layers_are_not_done_again(
 def test_an_unfinished_store_of_another_plan_is_never_replaced(
     one_by_one: Flow, tmp_path: Path, sharded: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    interrupted(one_by_one, monkeypatch, after=45)
+    interrupted(one_by_one, monkeypatch, after=20)
     before = listing(tmp_path / "out.zarr")
     with pytest.raises(PlanError, match="convert as that run did to continue it, or delete it"):
         Pipeline().read(sharded).quantize("fp8").write(tmp_path / "out.zarr", overwrite=True)
