@@ -80,7 +80,7 @@ def cli() -> None:
 @click.argument("destination")
 @add_options(TARGETING, ADAPTING, [DIALECT], WRITING, [RECIPE], TALKING)
 def convert(source: str, destination: str, **options: Any) -> int:
-    """Quantize SOURCE (a .safetensors file, folder, index.json or glob) into DESTINATION.
+    """Quantize SOURCE (a .safetensors file, folder, index.json or glob, here or behind a URL) into DESTINATION.
 
     DESTINATION is one file if it ends in .safetensors, a store for workers without a shared disk if it ends in .zarr
     (also s3://bucket/out.zarr; then `quantloom assemble`), otherwise a folder with shards, index and configuration.

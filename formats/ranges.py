@@ -7,7 +7,6 @@ done here, on the sessions of fsspec and s3fs; other file systems answer through
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import logging
 import re
@@ -96,6 +95,7 @@ class Store:
 
     def _wait(self, call: Callable[[], Awaitable[T]]) -> T:
         """The result of a coroutine on fsspec's event loop."""
+        import asyncio
 
         async def limited() -> T:
             return await asyncio.wait_for(call(), _SECONDS)

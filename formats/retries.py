@@ -32,6 +32,8 @@ _WORDS = {
     404: "does not exist", 410: "does not exist any more",
 }  # fmt: skip
 _FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+_NO_STORE = (QuantloomError, MemoryError, TypeError, AttributeError, NameError, AssertionError)
+"""What no store has to do with."""
 _PASSING_NAMES = {
     "ClientConnectionError", "ClientPayloadError", "ServerTimeoutError", "ClientOSError",  # aiohttp
     "HTTPClientError", "IncompleteReadError", "ResponseStreamingError", "FSTimeoutError",  # botocore, fsspec
@@ -64,9 +66,9 @@ def patiently(what: str, call: Callable[[], T], attempts: int = ATTEMPTS) -> T:
     for attempt in range(1, attempts + 1):
         try:
             return call()
-        except QuantloomError:
-            raise
         except Exception as error:
+            if isinstance(error, _NO_STORE):
+                raise
             if attempt == attempts or not passes(error):
                 failure = _clean(what, error, attempt)
                 break
@@ -94,6 +96,8 @@ def passes(error: BaseException) -> bool:
 def status_of(error: BaseException) -> int | None:
     """The HTTP status that an error, or what caused it, tells of; None when it tells of none."""
     for each in _causes(error):
+        if type(each).__module__.startswith("aiohttp"):
+            continue  # what it numbers are its own troubles; answers of servers are StatusErrors here
         response = getattr(each, "response", None)
         if isinstance(response, dict):  # botocore
             response = response.get("ResponseMetadata", {}).get("HTTPStatusCode")

@@ -1,4 +1,4 @@
-"""Servers on 127.0.0.1 for tests of remote checkpoints: plain HTTP that counts, delays, fails and lies, and S3 (moto)."""
+"""Servers on 127.0.0.1 for tests of remote checkpoints: HTTP that counts, delays, fails and lies, and S3 (moto)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
+
+import pytest
 
 
 @dataclass
@@ -53,17 +56,19 @@ class Web:
         path = self.folder / unquote(urlsplit(target).path).lstrip("/")
         if not path.is_file():
             return self._tricked(number, Answer(404, {}, b"not here"))
-        content = path.read_bytes()
         status = path.stat()
+        size = status.st_size
         headers = {"ETag": f'"{status.st_mtime_ns}-{status.st_size}"', "Accept-Ranges": "bytes"}
         found = re.fullmatch(r"bytes=(\d+)-(\d+)", wanted or "")
         if found is None:
-            return self._tricked(number, Answer(200, headers, content))
-        first, last = int(found[1]), min(int(found[2]), len(content) - 1)
-        if first >= len(content):
-            return self._tricked(number, Answer(416, {"Content-Range": f"bytes */{len(content)}"}, b""))
-        headers["Content-Range"] = f"bytes {first}-{last}/{len(content)}"
-        return self._tricked(number, Answer(206, headers, content[first : last + 1]))
+            return self._tricked(number, Answer(200, headers, path.read_bytes()))
+        first, last = int(found[1]), min(int(found[2]), size - 1)
+        if first >= size:
+            return self._tricked(number, Answer(416, {"Content-Range": f"bytes */{size}"}, b""))
+        headers["Content-Range"] = f"bytes {first}-{last}/{size}"
+        with path.open("rb") as file:
+            file.seek(first)
+            return self._tricked(number, Answer(206, headers, file.read(last - first + 1)))
 
     def _tricked(self, number: int, answer: Answer) -> Answer:
         return answer if self.trick is None else self.trick(number, answer)
@@ -105,8 +110,13 @@ def serving(folder: Path) -> Iterator[Web]:
 
         def log_message(self, format: str, *arguments: object) -> None: ...
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
+    class Server(ThreadingHTTPServer):
+        daemon_threads = True
+
+        def handle_error(self, *_: object) -> None:
+            """A client that went away is part of the game."""
+
+    server = Server(("127.0.0.1", 0), Handler)
     web = Web(f"http://127.0.0.1:{server.server_address[1]}", folder)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
@@ -116,3 +126,26 @@ def serving(folder: Path) -> Iterator[Web]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+@contextmanager
+def object_store(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, Any]]:
+    """An S3 server (moto) that this process finds by its environment, for the time of the block: address, client."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        values = {
+            "AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "the-key", "AWS_REGION": "us-east-1",
+            "AWS_SECRET_ACCESS_KEY": "the-secret-of-the-key", "AWS_DEFAULT_REGION": "us-east-1",
+        }  # fmt: skip
+        for name, value in values.items():
+            monkeypatch.setenv(name, value)
+        client = boto3.client("s3")
+        client.create_bucket(Bucket="models")
+        yield values["AWS_ENDPOINT_URL"], client
+    finally:
+        server.stop()
