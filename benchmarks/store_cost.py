@@ -51,7 +51,8 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
-        source = make_checkpoint(folder / "source", gigabytes=options.gb)
+        source = folder / "source"
+        make_checkpoint(source, gb=options.gb)
         size = sum(path.stat().st_size for path in folder.rglob("*.safetensors")) / 1e9
         for form in options.formats.split(","):
             quantized = Pipeline(workers=2).read(source).quantize(form, rounding="nearest")
@@ -60,17 +61,21 @@ def main() -> None:
                 store = folder / "out.zarr"
                 rows["files"].append(timed(lambda: quantized.write(folder / "direct")))  # noqa: B023
                 rows["store"].append(timed(lambda: quantized.write(store)))  # noqa: B023
+                peaks = [peak_memory()]
                 rows["assemble"].append(timed(lambda: assemble(str(store), str(folder / "made"))))  # noqa: B023
+                peaks.append(peak_memory())
                 ratio, seconds = compressed(store)
                 for made in ("direct", "made", "out.zarr"):
                     shutil.rmtree(folder / made)
-            median = {what: [statistics.median(each) for each in zip(*found, strict=True)] for what, found in rows.items()}
-            for what, (cpu, wall) in median.items():
+            median = {}
+            for what, found in rows.items():
+                cpu, wall = median[what] = [statistics.median(each) for each in zip(*found, strict=True)]
                 print(f"{form:8s} {what:8s} {cpu / size:6.2f} CPU s/GB {wall / size:6.2f} s/GB")
             both = median["store"][0] + median["assemble"][0]
             print(f"{form:8s} store and assembly / files: {both / median['files'][0]:.2f} of the CPU time")
             print(f"{form:8s} zstd of chunks: {ratio:.1%} of the bytes, {seconds:.2f} CPU s/GB of output")
-        print(f"peak memory {peak_memory() / 1e6:.0f} MB")
+            before, after = (round(peak / 1e6) for peak in peaks)
+            print(f"{form:8s} peak memory so far, MB: {before} before the last assembly, {after} after it")
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ class Objects(Protocol):
     root: str
     """Folder or URL, without a slash at its end."""
 
-    def read(self, key: str, most: int) -> bytes | None:
+    def read(self, key: str, most: int) -> bytes | bytearray | None:
         """The object, or None when there is none. CheckpointError when it has more than ``most`` bytes or the store
         fails."""
 
@@ -59,7 +59,7 @@ class FolderObjects:
     def __init__(self, root: str) -> None:
         self.root = root
 
-    def read(self, key: str, most: int) -> bytes | None:
+    def read(self, key: str, most: int) -> bytes | bytearray | None:
         path = self._path(key)
         if not os.path.lexists(path):
             return None
@@ -67,7 +67,7 @@ class FolderObjects:
             _refuse_long(str(path), reader.size, most)
             content = bytearray(reader.size)
             reader.read_into(memoryview(content), 0)
-        return bytes(content)
+        return content
 
     def write(self, key: str, content: bytes | bytearray | memoryview) -> None:
         path = self._path(key)
@@ -125,17 +125,18 @@ class BucketObjects:
     def __init__(self, root: str) -> None:
         self.root, self._store = root, store_of(root)
 
-    def read(self, key: str, most: int) -> bytes | None:
+    def read(self, key: str, most: int) -> bytes | bytearray | None:
         url = f"{self.root}/{key}"
-        view = memoryview(bytearray(most + 1))
+        content = bytearray(most + 1)
         try:
-            count = self._store.fetch(url, 0, view)
+            count = self._store.fetch(url, 0, memoryview(content))
         except FileNotFoundError:
             return None
         except OSError as error:
             raise CheckpointError(f"{url}: cannot be read: {error.strerror or error}") from error
         _refuse_long(url, count, most)
-        return bytes(view[:count])
+        del content[count:]
+        return content
 
     def write(self, key: str, content: bytes | bytearray | memoryview) -> None:
         url, whole = f"{self.root}/{key}", bytes(content)

@@ -91,7 +91,7 @@ def read_table(objects: Objects) -> Table | None:
     content = objects.read(METADATA, _MAX_TABLE_BYTES)
     if content is None:
         return None
-    document = parse_json(content, where)
+    document = parse_json(bytes(content), where)
     try:
         values = document["attributes"][ENTRY]
     except (TypeError, KeyError, IndexError):
