@@ -12,9 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import xxhash
-
-from ..formats.checksums import Piece
+from ..formats.checksums import Comparing, Piece
 from ..formats.errors import CheckpointError, UsageError, shown
 from ..formats.objects import objects_at
 from ..formats.output_store import OutputStore, StoredTensor
@@ -151,23 +149,11 @@ def _copy(
     source: OutputStore, tensor: StoredTensor, pieces: Sequence[Piece], out: Out, chunks: Iterator[memoryview]
 ) -> None:
     """Writes chunks; CheckpointError when they are not what tasks said they wrote."""
-    left = (piece for piece in pieces if piece.nbytes)
-    piece, running = next(left, None), xxhash.xxh3_64()
-    room = piece.nbytes if piece else 0
+    comparing = Comparing(pieces)
     for chunk in chunks:
         out.write(chunk)
-        while len(chunk):
-            assert piece is not None  # pieces make up the tensor
-            taken = chunk[:room]
-            running.update(taken)
-            room, chunk = room - len(taken), chunk[len(taken) :]
-            if room:
-                continue
-            if (found := running.hexdigest()) != piece.checksum:
-                where = f"{source.objects.root}/{tensor.array}: tensor {shown(tensor.ref.name)}"
-                place = f"bytes {piece.start} to {piece.start + piece.nbytes}"
-                raise CheckpointError(
-                    f"{where}: {place} have the checksum {found}, {piece.checksum} was written; convert again"
-                )
-            piece, running = next(left, None), xxhash.xxh3_64()
-            room = piece.nbytes if piece else 0
+        try:
+            comparing.add(chunk)
+        except ValueError as error:
+            where = f"{source.objects.root}/{tensor.array}: tensor {shown(tensor.ref.name)}"
+            raise CheckpointError(f"{where}: {error}; convert again") from None

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from ..formats.errors import PlanError, SinkError
 from ..formats.fileio import Writer, create_sparse, free_bytes, sync_dir, sync_file
+from ..formats.objects import uploads
 from ..formats.ranges import store_of
 from ..formats.retries import patiently
 from ..formats.shards import SUFFIX
@@ -122,12 +123,8 @@ class BucketTarget:
     """Multipart uploads, which stay invisible until they are completed."""
 
     def __init__(self, root: str) -> None:
-        from fsspec.core import url_to_fs
-
-        self.root, self._store = root, store_of(root)  # says which package is missing
-        # One of its own: with its retries, as these writes cannot be repeated from outside, and in a transaction.
-        self._fs: Any = url_to_fs(root, skip_instance_cache=True)[0]
-        self._fs.start_transaction()
+        self.root, self._store = root, store_of(root)
+        self._fs = uploads(root)
         self._files: dict[str, Any] = {}
 
     def check(self, names: Sequence[str], nbytes: int, overwrite: bool) -> None:

@@ -11,7 +11,7 @@ import itertools
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from .errors import CheckpointError, SinkError, because
 from .fileio import Reader, free_bytes, sync_dir
@@ -45,6 +45,17 @@ class Objects(Protocol):
 
     def free(self) -> int | None:
         """Bytes that may still be written; None where nobody can tell."""
+
+
+def uploads(url: str) -> Any:
+    """A file system of fsspec for files that appear when they are committed: not shared, in a transaction, and with
+    its own retries, as a part of an upload cannot be repeated from outside. UsageError as for `objects_at`."""
+    store_of(url)
+    from fsspec.core import url_to_fs
+
+    fs, _ = url_to_fs(url, skip_instance_cache=True)
+    fs.start_transaction()
+    return fs
 
 
 def objects_at(root: str) -> Objects:

@@ -4,7 +4,8 @@
                             c/<n>       chunk n: its bytes, and their CRC-32C (the codec ``crc32c`` of Zarr)
 
 Chunks are whole rows where a row is no larger, and those of row ranges that are tasks of their own never share one, so
-that no two workers write the same object. Nothing is compressed: what a quantizer leaves is noise.
+that no two workers write the same object. Nothing is compressed: what a quantizer leaves is nearly
+noise.
 """
 
 from __future__ import annotations

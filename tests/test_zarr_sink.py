@@ -493,8 +493,8 @@ def test_commands(cli: Callable[..., Ran], tmp_path: Path, sharded: Path) -> Non
     assert cli("assemble", made, tmp_path / "x").status == 2
     assert cli("assemble", store, made, "--workers", "0").status == 2
     report = Pipeline().read(sharded).quantize("fp8").write(tmp_path / "b.zarr")
-    assert report.assemble_command == f"quantloom assemble {tmp_path / 'b.zarr'} b"
-    assert f"make files of it: {report.assemble_command}" in report.summary()
+    assert f"make files of it: quantloom assemble {tmp_path / 'b.zarr'} b" in report.summary()
+    assert report.verify_command == f"quantloom verify b --against {sharded}"
 
 
 def test_dry_runs_look_at_stores(cli: Callable[..., Ran], tmp_path: Path, sharded: Path, stored: Path) -> None:
