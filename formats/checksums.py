@@ -61,6 +61,7 @@ class Comparing:
 
     def __init__(self, pieces: Iterable[Piece]) -> None:
         self._left = iter([piece for piece in pieces if piece.nbytes])
+        self._room = 0
         self._next()
 
     def add(self, content: memoryview) -> None:
