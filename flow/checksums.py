@@ -24,7 +24,8 @@ Entries = Callable[[Sequence[TensorSpec]], dict[str, str]]
 def checksum_entries(layers: Sequence[LayerPlan], source: str, digest: str) -> Entries:
     """Room for the checksums of the tensors of these layers, which have their row ranges already.
 
-    ``source`` is the ``layout`` of the checkpoint, ``digest`` that of the plan.
+    ``source`` is the ``layout`` of the checkpoint, ``digest`` that of the plan; for an adapter, which may be made with
+    its model or later, the digest of the model.
     """
     pieces = {spec.name: len(layer.parts) for layer in layers if layer.parts for spec in layer.outputs}
     return lambda specs: {KEY: reserve(specs, pieces, source, digest)}

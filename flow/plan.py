@@ -182,7 +182,7 @@ def make_plan(recipe: Recipe, settled: Settled = NOTHING) -> Plan:
     if lora is not None:
         place = recipe.output.path if context.base is not None else beside(lora, recipe.output)
         base = digest if context.base is None else Origin.of(context.base).digest
-        entries = checksum_entries(layers, source.layout, digest)
+        entries = checksum_entries(layers, source.layout, base)
         layers, adapter = lay_out_adapter(lora, layers, place, base, entries)
     if adapter is not None:
         refuse_place(adapter, [source, *([context.base] if context.base else [])], recipe.output, shards)

@@ -116,8 +116,8 @@ def _stop(session: Session, error: BaseException) -> None:
         put_back(session.first_plan)
     plan = session.first_plan
     if session.journalled and not isinstance(error, _REFUSALS) and _is_unchanged(plan):
-        names = {receipt.name for receipt in session.receipts[: session.journalled]}
-        kept = f"{len(names)} of {count(len(plan.layers), 'tensor')} are finished and kept beside {session.log.place}"
+        number = f"{len(session.journalled)} of {count(len(plan.layers), 'tensor')} are finished"
+        kept = f"{number} and kept beside {session.log.place}"
         error.add_note(f"{kept}: run the same command again to continue, or delete that file to start over")
         return
     remove_parts(plan)
@@ -157,12 +157,12 @@ def _make_folders(plan: Plan) -> list[Path]:
 
 def _finish_heads(session: Session) -> None:
     """Headers with checksums, the adapter's with errors before and after too, and its configuration."""
-    for path, head in finished_heads(session.plan, session.receipts):
+    plan = session.plan
+    for path, head in finished_heads(plan, session.receipts):
         with Writer(part(Path(path))) as writer:
             writer.write(head, 0)
-    adapter = session.plan.adapter
-    if adapter is not None and adapter.config is not None:
-        write_part(adapter.files[1], adapter.config)
+    if plan.adapter is not None and plan.adapter.config is not None:
+        write_part(plan.adapter.files[1], plan.adapter.config)
 
 
 def _commit(session: Session) -> None:
@@ -194,7 +194,7 @@ def _commit(session: Session) -> None:
 
 
 def _complete(session: Session) -> None:
-    """What is known only now: headers; and small files."""
+    """What is known only now, and small files."""
     plan = session.plan
     _finish_heads(session)
     for source, target in sidecars_of(plan):

@@ -174,8 +174,8 @@ def _stop(session: Session, objects: Objects, error: BaseException) -> None:
         session.close()
     plan = session.plan
     if session.journalled and not isinstance(error, _REFUSALS):
-        names = {receipt.name for receipt in session.receipts[: session.journalled]}
-        kept = f"{len(names)} of {count(len(plan.layers), 'tensor')} are finished and kept in {objects.root}"
+        number = f"{len(session.journalled)} of {count(len(plan.layers), 'tensor')} are finished"
+        kept = f"{number} and kept in {objects.root}"
         error.add_note(f"{kept}: run the same command again to continue, or delete it to start over")
         return
     with contextlib.suppress(QuantloomError):

@@ -132,7 +132,7 @@ def parse(metadata: Mapping[str, str], where: str) -> Manifest | None:
             raise CheckpointError(f"{where}: header entry {shown(moved[0])} holds checksums, which belong to {KEY}")
         return None
     at = f"{where}: header entry {KEY}"
-    values = parse_json(text.encode(), at)
+    values = parse_json(text.encode(errors="surrogatepass"), at)
     if not isinstance(values, dict):
         raise CheckpointError(f"{at}: is {shown(values)}, not an object")
     if values.get("algorithm") != ALGORITHM:
@@ -146,7 +146,7 @@ def parse(metadata: Mapping[str, str], where: str) -> Manifest | None:
     if not isinstance(tensors, dict):
         raise CheckpointError(f"{at}: 'tensors' is {shown(tensors)}, not an object")
     pieces = {name: _pieces(value, f"{at}: tensor {shown(name)}") for name, value in tensors.items()}
-    return Manifest(digits, values["source"], values["plan"], pieces)
+    return Manifest(str(digits), values["source"], values["plan"], pieces)
 
 
 def _own_checksum(head: bytes, begin: int) -> str:
@@ -163,11 +163,11 @@ def _stated(pieces: Sequence[Piece]) -> Any:
 def _pieces(value: Any, at: str) -> tuple[tuple[int | None, str], ...]:
     if _is_digits(value):
         return ((None, value),)
-    pairs = value if isinstance(value, list) and value else [None]
+    pairs: list[Any] = value if isinstance(value, list) and value else [None]
     for pair in pairs:
         fits = isinstance(pair, list) and len(pair) == 2 and type(pair[0]) is int and _is_digits(pair[1])
         if not fits or not 0 <= pair[0] < _MOST_BYTES:
-            raise CheckpointError(f"{at}: {shown(value)} is neither 16 hexadecimal digits nor a list of [bytes, digits]")
+            raise CheckpointError(f"{at}: {shown(value)} is neither 16 hexadecimal digits nor pairs of bytes, digits")
     return tuple((pair[0], pair[1]) for pair in pairs)
 
 

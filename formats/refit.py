@@ -38,6 +38,8 @@ class Rebuilt:
     """Stored tensors that stay as they are, and where each begins in the new file."""
     written: tuple[tuple[int, bytes], ...]
     """Begin and content of the markers."""
+    names: tuple[str, ...] = ()
+    """Of all tensors."""
 
 
 def patches(header: Header, markers: Mapping[str, Entry], metadata: Mapping[str, str]) -> list[Patch] | None:
@@ -72,7 +74,20 @@ def rebuilt(header: Header, markers: Mapping[str, Entry], metadata: Mapping[str,
         head = resealed(head, _read(reader, 0, min([reader.size, *(ref.start for ref in header.refs)])))
     begin = {spec.name: start for spec, start in zip(specs, starts, strict=True)}
     copied = tuple((ref, begin[ref.name]) for ref in kept)
-    return Rebuilt(head, size, copied, tuple((begin[name], text) for name, (_, text) in made.items()))
+    return Rebuilt(head, size, copied, tuple((begin[name], text) for name, (_, text) in made.items()), tuple(begin))
+
+
+def index_patches(old: bytes, gained: int, placed: Mapping[str, str]) -> list[Patch]:
+    """What changes in an index, when its files have so many bytes more and these tensors (file names by name)."""
+    table = json.loads(old)
+    total = table.get("metadata", {}).get("total_size") if isinstance(table.get("metadata"), dict) else None
+    if isinstance(total, int):
+        table["metadata"]["total_size"] = total + gained
+    table["weight_map"].update(placed)
+    if table == json.loads(old):
+        return []
+    text = (json.dumps(table, indent=2) + "\n").encode()
+    return [_trimmed(Patch(0, old, text.ljust(len(old))))]
 
 
 Moved = list[tuple[TensorRef, int, bytes | None]]
