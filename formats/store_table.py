@@ -21,7 +21,7 @@ _VERSION = 1
 _MAX_TABLE_BYTES = 64_000_000
 _MAX_SIDECAR_BYTES = 64_000_000
 _MAX_BYTES = 1 << 62
-_OWN_KEY = re.compile(r"zarr\.json|(files|checksums|journal|[1-9]\d{0,8})/.+|(.*/)?\.[^/]*\.part")
+_OWN_KEY = re.compile(r"zarr\.json|(files|checksums|journal|[1-9]\d{0,8})/.+|(.*/)?\.[^/]*\.(part|probe)")
 """Keys of everything that a run puts into a store."""
 
 
