@@ -15,6 +15,7 @@ from .. import __version__
 from ..formats.registry import FORMATS
 from . import console
 from .activations_cli import calibrate_activations
+from .assemble_cli import assemble
 from .calibrate_cli import calibrate
 from .dequantize_cli import dequantize
 from .edit_cli import edit
@@ -80,9 +81,10 @@ def cli() -> None:
 @click.argument("destination")
 @add_options(TARGETING, ADAPTING, [DIALECT], WRITING, [RECIPE], TALKING)
 def convert(source: str, destination: str, **options: Any) -> int:
-    """Quantize SOURCE (a .safetensors file, folder, index.json or glob) into DESTINATION.
+    """Quantize SOURCE (a .safetensors file, folder, index.json or glob, here or behind a URL) into DESTINATION.
 
-    DESTINATION is one file if it ends in .safetensors, otherwise a folder with shards, index and configuration.
+    DESTINATION is one file if it ends in .safetensors, a store for workers without a shared disk if it ends in .zarr
+    (also s3://bucket/out.zarr; then `quantloom assemble`), otherwise a folder with shards, index and configuration.
     """
     return run_recipe(lambda: build_recipe((source,), destination, options), options)
 
@@ -115,7 +117,7 @@ def _unused_name() -> str:
     return name
 
 
-for command in (extract_lora, calibrate, calibrate_activations, dequantize, edit, hybrid, migrate):
+for command in (assemble, extract_lora, calibrate, calibrate_activations, dequantize, edit, hybrid, migrate):
     cli.add_command(command)
 
 
@@ -159,6 +161,7 @@ def verify(
     def action() -> int:
         if not against:
             return _verify_checksums(output, statistics or adapter, as_json)
+        from .console_verify import print_verification
         from .verify import verify as check
 
         sources = against[0] if len(against) == 1 else list(against)
@@ -166,7 +169,7 @@ def verify(
         if as_json:
             console.print_json(result.to_dict())
         else:
-            console.print_verification(result, most)
+            print_verification(result, most)
         return 0 if result.ok else 1
 
     return console.guarded(action)
@@ -174,6 +177,7 @@ def verify(
 
 def _verify_checksums(output: str, beside: str | None, as_json: bool) -> int:
     from ..formats.errors import UsageError
+    from .console_verify import print_checksums
     from .progress import Reading
     from .verify_checksums import verify_checksums
 
@@ -184,7 +188,7 @@ def _verify_checksums(output: str, beside: str | None, as_json: bool) -> int:
     if as_json:
         console.print_json(found.to_dict())
     else:
-        console.print_checksums(found)
+        print_checksums(found)
     return 0 if found.ok else 1
 
 

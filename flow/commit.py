@@ -12,6 +12,7 @@ from pathlib import Path
 from ..formats.errors import CheckpointError, SinkError
 from ..formats.fileio import replace
 from ..formats.source import Source
+from ..formats.urls import is_url
 from ..stages.writing import PART_SUFFIX
 
 PREVIOUS_SUFFIX = ".previous"
@@ -83,7 +84,8 @@ def check_unchanged(source: Source) -> None:
         if (status.st_size, status.st_mtime_ns) != (size, mtime):
             raise CheckpointError(
                 f"{path} changed while it was converted (size {size} -> {status.st_size} bytes, "
-                f"mtime {mtime} -> {status.st_mtime_ns} ns); nothing was written; convert again"
+                f"{'version' if is_url(path) else 'mtime'} {mtime} -> {status.st_mtime_ns}"
+                f"{'' if is_url(path) else ' ns'}); nothing was written; convert again"
             )
 
 

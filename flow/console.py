@@ -9,9 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from ..formats.errors import QuantloomError, UsageError, printable
-from .adapter_report import GAINS, gain_lines
 from .progress import Display
-from .quality import MEASURES, Column, gains
 from .sizes import count, show_size
 from .tables import Name, short_size, shortened
 
@@ -26,8 +24,6 @@ if TYPE_CHECKING:
     from .plan import Plan
     from .report import Report
     from .roundings import Rounding
-    from .verify import Verification
-    from .verify_checksums import ChecksumCheck
 
 PIPE_WIDTH = 400
 """Columns of a table that goes into a file or another program."""
@@ -38,9 +34,15 @@ class _StderrHandler(logging.Handler):
 
     noisy: tuple[str, ...] = ()
     """Packages of which only errors are shown; they set the levels of their own loggers when they are imported."""
+    telling = (
+        "aiobotocore", "aiohttp", "botocore", "fsspec", "gcsfs", "google", "httpcore", "httpx", "huggingface_hub",
+        "s3fs", "urllib3",
+    )  # fmt: skip
+    """Packages that are never shown: they log requests with their signatures."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        if record.levelno >= logging.ERROR or record.name.partition(".")[0] not in self.noisy:
+        package = record.name.partition(".")[0]
+        if package not in self.telling and (record.levelno >= logging.ERROR or package not in self.noisy):
             sys.stderr.write(f"{record.levelname} {record.name}: {printable(record.getMessage())}\n")
 
 
@@ -103,7 +105,7 @@ def _notes(error: BaseException) -> list[str]:
     return [printable(note) for note in getattr(error, "__notes__", ())]
 
 
-def _escape(text: str) -> str:
+def escape(text: str) -> str:
     from rich.markup import escape
 
     return escape("\n".join(printable(line) for line in text.split("\n")))
@@ -124,7 +126,7 @@ def print_json(value: Any) -> None:
     print(json.dumps(value, indent=2))
 
 
-def _table(*headings: str) -> Table:
+def make_table(*headings: str) -> Table:
     """Columns that fold long words; those whose heading begins with ``>`` are short and stand to the right."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
@@ -146,7 +148,7 @@ def print_plan(plan: Plan, budget: Budget, verbose: bool = False) -> None:
     console = stdout()
     adapters = (">adapter",) if plan.adapter else ()
     becomes = ("becomes", ">before", ">after") if plan.base is None else ("stored as", ">original")
-    table = _table("layer", ">shape", *becomes, *adapters)
+    table = make_table("layer", ">shape", *becomes, *adapters)
     most = max(20, console.width // 4)
     for layer in plan.layers:
         shape = layer.layer.weight.shape
@@ -159,7 +161,7 @@ def print_plan(plan: Plan, budget: Budget, verbose: bool = False) -> None:
         table.add_row(Name(layer.layer.name), "x".join(map(str, shape)), what, *sizes, *([adapter] if adapters else []))
     if table.row_count:
         console.print(table)
-    console.print(_escape(plan.explain(budget.workers)), soft_wrap=True)
+    console.print(escape(plan.explain(budget.workers)), soft_wrap=True)
     parts = f"{show_size(budget.base)} for the process, {budget.workers} x {show_size(budget.task_bytes)} for tasks"
     total = f"at most {show_size(budget.peak_bytes)} ({parts}); budget {show_size(budget.limit)}"
     console.print(f"memory   {total}", soft_wrap=True)
@@ -172,9 +174,9 @@ def print_inspection(found: Inspection, every_layer: bool) -> None:
     if quantized:
         held = f"{count(quantized, 'quantized layer')}, {count(len(found.layers) - quantized, 'other tensor')}"
     console.print(
-        f"{_escape(found.path)}: {count(len(found.files), 'file')}, {held}, {show_size(found.nbytes)}", soft_wrap=True
+        f"{escape(found.path)}: {count(len(found.files), 'file')}, {held}, {show_size(found.nbytes)}", soft_wrap=True
     )
-    table = _table("stored as", ">tensors", ">weights", ">bytes", ">bits/weight")
+    table = make_table("stored as", ">tensors", ">weights", ">bytes", ">bits/weight")
     for name, (layers, size, weights) in found.formats.items():
         bits = f"{size * 8 / weights:.2f}" if weights else "-"
         table.add_row(name, str(layers), f"{weights / 1e6:.2f} M", show_size(size), bits)
@@ -183,80 +185,30 @@ def print_inspection(found: Inspection, every_layer: bool) -> None:
         console.print(f"dialect {name}: {count(layers, 'quantized layer')}")
     for key, value in found.metadata.items():
         shown = value if len(value) <= 200 else f"{value[:200]}... ({len(value)} characters)"
-        console.print(f"metadata {_escape(key)}: {_escape(shown)}", soft_wrap=True)
+        console.print(f"metadata {escape(key)}: {escape(shown)}", soft_wrap=True)
     for problem in found.problems:
-        console.print(f"[yellow]warning:[/] {_escape(problem)}", soft_wrap=True)
+        console.print(f"[yellow]warning:[/] {escape(problem)}", soft_wrap=True)
     if every_layer:
-        rows = _table("tensor", ">shape", "stored as", ">bytes")
+        rows = make_table("tensor", ">shape", "stored as", ">bytes")
         for layer in found.layers:
             shape = "x".join(map(str, layer["shape"]))
             rows.add_row(Name(layer["name"]), shape, layer["format"], show_size(layer["bytes"]))
         console.print(rows)
 
 
-def print_verification(result: Verification, most: int) -> None:
-    """Worst layers, problems, and the verdict."""
-    console = stdout()
-    measured = [column for column in (*MEASURES, *GAINS) if any(column.of(layer) for layer in result.worst)]
-    columns = measured or [Column("relative error", lambda layer: f"{layer.error:.5f}")]
-    table = _table("layer", "format", *(f">{column.heading}" for column in columns))
-    for layer in result.worst[:most]:
-        table.add_row(Name(layer.name), layer.format, *(column.of(layer) for column in columns))
-    if result.worst:
-        console.print(f"Worst {min(most, len(result.worst))} of {count(len(result.worst), 'quantized layer')}:")
-        console.print(table)
-    for problem in result.problems:
-        console.print(f"[red]broken:[/] {_escape(problem)}", soft_wrap=True)
-    if result.note:
-        console.print(f"note: {_escape(result.note)}", soft_wrap=True)
-    for name in result.unknown if result.layers else ():
-        console.print(f"[yellow]warning:[/] {_escape(name)}: not in the source", soft_wrap=True)
-    if off := [(layer.scalar_error, layer.name) for layer in result.layers if layer.scalar_error]:
-        wrong = f"the weights of {count(len(off), 'layer')} are wrong, by {max(off)[0]:.3g} in {max(off)[1]}"
-        console.print(f"[yellow]warning:[/] decoded by .weight_scalar, {_escape(wrong)}", soft_wrap=True)
-    beside = {layer.name: layer.gain for layer in result.worst if layer.gain}
-    for line in [*gains([layer.quality for layer in result.worst if layer.quality]), *gain_lines(beside)]:
-        console.print(line, soft_wrap=True)
-    verdict = "sound" if result.ok else f"BROKEN ({count(len(result.problems), 'problem')})"
-    summed = sum(check.tensors for check in result.checksums)
-    layers = ", ".join([*_tallies(result), *([f"checksums of {count(summed, 'tensor')}"] if summed else [])])
-    console.print(f"{_escape(result.output)}: {verdict}; {layers}", soft_wrap=True)
-
-
-def print_checksums(result: ChecksumCheck) -> None:
-    """What is not as it was written, and the verdict."""
-    console = stdout()
-    for finding in result.findings:
-        console.print(f"[red]broken:[/] {_escape(str(finding))}", soft_wrap=True)
-    console.print(_escape(str(result)), soft_wrap=True)
-
-
-def _tallies(result: Verification) -> list[str]:
-    """How many layers are quantized, decoded, kept ..."""
-    changed = {change: result.changed(change) for change in ("decoded", "cast", "corrected")}
-    kept = len(result.layers) - len(result.worst) - sum(map(len, changed.values()))
-    said = [count(len(result.worst), "quantized layer")] if result.worst or not changed["decoded"] else []
-    for change, what in (("decoded", "layer"), ("cast", "tensor")):
-        if found := changed[change]:
-            error = max(layer.error for layer in found)
-            said.append(f"{count(len(found), what)} {change} (relative error at most {error:.2g})")
-    said.append(f"{count(kept, 'tensor')} kept as they were")
-    return said + ([count(len(changed["corrected"]), "corrected bias vector")] if changed["corrected"] else [])
-
-
 def print_roundings(roundings: Iterable[Rounding]) -> None:
     """When to use which, and the options below each."""
     console = stdout()
     for rounding in roundings:
-        console.print(f"[bold]{rounding.name}[/]  {_escape(rounding.help)}", soft_wrap=True)
+        console.print(f"[bold]{rounding.name}[/]  {escape(rounding.help)}", soft_wrap=True)
         for option in rounding.options:
             default = "" if option.default is None else f" (default {option.default})"
-            console.print(f"    {option.name}  {_escape(option.help)}{default}", soft_wrap=True)
+            console.print(f"    {option.name}  {escape(option.help)}{default}", soft_wrap=True)
 
 
 def print_formats(formats: Iterable[FormatInfo]) -> None:
     """What can be written, where it runs, and who loads it."""
-    table = _table("format", "scalings", ">bits", "runs natively on", "loaded by")
+    table = make_table("format", "scalings", ">bits", "runs natively on", "loaded by")
     for info in formats:
         scalings = ", ".join(info.scalings) + (f" of {info.group_size}" if info.group_size else "")
         table.add_row(info.name, scalings, f"{info.bits:g}", info.hardware, info.loaded_by)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 _COMMANDS = {
-    "Quantize": ("convert", "plan", "verify", "inspect"),
+    "Quantize": ("convert", "plan", "assemble", "verify", "inspect"),
     "Measure and correct": ("calibrate", "calibrate-activations", "extract-lora"),
     "Change what is quantized": ("dequantize", "edit", "hybrid", "migrate"),
     "Look up": ("formats", "roundings"),

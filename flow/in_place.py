@@ -7,7 +7,6 @@ Either way a journal (`formats.journal`) makes it one change.
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -15,14 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from ..formats.comfy import HEADER_KEY, MARKER
-from ..formats.errors import PlanError, SinkError, printable
+from ..formats.errors import PlanError, SinkError, UsageError, printable
 from ..formats.fileio import Reader, Writer, create_sparse, free_bytes, sync_file
+from ..formats.index import index_of, read_index
 from ..formats.journal import ENDING, Change, Patch, UnfinishedEdit, carry_out, finish, new_name
 from ..formats.layers import PACKED, WEIGHT, group_layers
 from ..formats.refit import Rebuilt, index_patches, patches, rebuilt
 from ..formats.safetensors import Header, read_header
 from ..formats.shards import SUFFIX, stem_of
-from ..formats.source import Source, index_of, open_source, read_index
+from ..formats.source import Source, open_source
+from ..formats.urls import hide, is_url
 from ..stages.edit import Edit
 from ..stages.marker_edits import MarkerEdits
 from ..stages.stage import Context
@@ -82,6 +83,8 @@ def edit_in_place(model: str, stage: Edit | None, dry_run: bool = False) -> Edit
     Raises what ``Edit.edits`` raises, PlanError for files that cannot be edited in place, SinkError, with the files as
     they were, when writing fails.
     """
+    if is_url(model):
+        raise UsageError(f"{hide(model)}: --in-place changes local files only; name an output instead")
     finished = () if dry_run else _finish(model)
     if stage is None:
         return EditReport(model, dry_run, (), {}, finished)
@@ -91,7 +94,7 @@ def edit_in_place(model: str, stage: Edit | None, dry_run: bool = False) -> Edit
     edits = stage.edits(group_layers(source), context)
     jobs = _jobs(source, edits)
     if jobs and not dry_run:
-        with hold(_locks(source.files[0].parent, stem_of(source.files), several=len(source.files) > 1)):
+        with hold(_locks(Path(str(source.files[0])).parent, stem_of(source.files), several=len(source.files) > 1)):
             check_unchanged(source)
             _carry_out(jobs, source)
     files = tuple(FileEdit(header.path, isinstance(job, Rebuilt), _written(job)) for header, job in jobs)
@@ -121,7 +124,7 @@ def _locks(folder: Path, stem: str, several: bool) -> list[Path]:
 def _refuse_places(source: Source) -> None:
     for path in source.files:
         if path.is_symlink():
-            raise PlanError(f"{path}: is a link to {os.path.realpath(path)}; edit that file, or write to another one")
+            raise PlanError(f"{path}: is a link to {path.resolve()}; edit that file, or write to another one")
     if len({path.parent for path in source.files}) > 1:
         raise PlanError(f"{source.root}: its files lie in several folders; name an output instead of --in-place")
 
@@ -158,7 +161,7 @@ def _written(job: list[Patch] | Rebuilt) -> int:
 
 
 def _carry_out(jobs: list[Job], source: Source) -> None:
-    folder = source.files[0].absolute().parent
+    folder = Path(str(source.files[0])).absolute().parent
     needed, free = sum(job.size for _, job in jobs if isinstance(job, Rebuilt)), free_bytes(folder)
     if needed > free:
         raise PlanError(

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..formats.layers import describe, group_layers
 from ..formats.source import Source, open_source
+from ..formats.urls import hide
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Inspection:
 
 def inspect(path: str | list[str]) -> Inspection:
     """Reads headers and markers, never weights."""
+    path = hide(path) if isinstance(path, str) else [hide(each) for each in path]
     source: Source = open_source(path)
     layers = group_layers(source)
     formats: dict[str, tuple[int, int, int]] = {}

@@ -11,8 +11,8 @@ from typing import Any
 from .. import __version__
 from ..formats.comfy import HEADER_KEY, header_entry
 from ..formats.errors import PlanError
-from ..formats.fileio import same_file
 from ..formats.manifest import KEY
+from ..formats.places import same_file
 from ..formats.shards import Shard, lay_out, stem_of
 from ..formats.source import Source
 from ..stages.origin import ENTRY, Origin

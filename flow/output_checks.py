@@ -7,7 +7,8 @@ from pathlib import Path
 
 from ..formats.errors import PlanError, SinkError
 from ..formats.fileio import free_bytes
-from ..formats.shards import SUFFIX, is_single_file
+from ..formats.shards import SUFFIX, is_single_file, is_store
+from . import zarr_sink
 from .commit import PREVIOUS_SUFFIX, part
 from .output_files import final_paths, folder_of, folders_of, leftovers, log_of, sidecars_of, stale_files
 from .plan import Plan
@@ -20,6 +21,9 @@ _SPARE_BYTES = 1 << 20
 
 def check_output(plan: Plan) -> None:
     """Refuses, before any work, an output that exists, a place that cannot be one, and a disk that is too small."""
+    if is_store(plan.output.path):
+        zarr_sink.check_output(plan)
+        return
     output = Path(plan.output.path)
     try:
         _check_kind(plan, output)

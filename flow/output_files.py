@@ -7,10 +7,13 @@ import os
 import re
 from pathlib import Path
 
-from ..formats.shards import SUFFIX, index_file, is_single_file, stem_of
+from ..formats.objects import objects_at
+from ..formats.places import Place
+from ..formats.shards import SUFFIX, index_file, is_single_file, is_store, stem_of
 from .plan import Plan
 from .run_journal import SUFFIX as JOURNAL_SUFFIX
-from .run_journal import FileLog
+from .run_journal import FileLog, Log
+from .store_log import StoreLog
 
 
 def folder_of(plan: Plan) -> Path:
@@ -77,8 +80,10 @@ def locks_of(plan: Plan) -> list[Path]:
     return [*([] if is_single_file(plan.output.path) else [folder / ".quantloom.lock"]), file, *adapter]
 
 
-def log_of(plan: Plan) -> FileLog:
+def log_of(plan: Plan) -> Log:
     """The journal of a run that writes this output."""
+    if is_store(plan.output.path):
+        return StoreLog(objects_at(plan.output.path))
     if not plan.shards and plan.adapter is not None:
         return FileLog(Path(f"{plan.adapter.shard.path}{JOURNAL_SUFFIX}"))
     return FileLog(folder_of(plan) / f"{stem_in(plan)}{SUFFIX}{JOURNAL_SUFFIX}")
@@ -99,7 +104,7 @@ def _shards_of(index: Path) -> set[str]:
     return {name for name in names if isinstance(name, str) and Path(name).name == name and name.endswith(SUFFIX)}
 
 
-def sidecars_of(plan: Plan) -> list[tuple[Path, Path]]:
+def sidecars_of(plan: Plan) -> list[tuple[Place, Path]]:
     """(source, target) of configuration and tokenizer files, for a folder output."""
     if not plan.shards or is_single_file(plan.output.path):
         return []

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ..formats.errors import CheckpointError
 from ..formats.fileio import Writer, create_sparse, sync_dir, sync_file
+from ..formats.places import Place
 from ..formats.shards import Shard
 from ..stages.work import Receipt
 from .commit import part
@@ -75,7 +76,7 @@ def write_part(path: Path, content: bytes) -> None:
     create_sparse(part(path), len(content), content)
 
 
-def sidecar_content(plan: Plan, path: Path) -> bytes:
+def sidecar_content(plan: Plan, path: Place) -> bytes:
     """The file as it is; a quantization that is gone is not declared in the configuration."""
     config = plan.source.config
     if path.name == "config.json" and config and "quantization_config" in config and not plan.verbatim:

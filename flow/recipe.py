@@ -15,6 +15,8 @@ from typing import Any, TypedDict, TypeVar
 
 from ..formats.errors import CheckpointError, UsageError, did_you_mean, shown
 from ..formats.safetensors import parse_json
+from ..formats.shards import is_store
+from ..formats.urls import hide, is_url
 from ..stages.stage import VERBS, Stage, check_types, make_stage
 from .sizes import parse_size
 
@@ -30,7 +32,7 @@ class Output:
     """Where the result goes, and in which dialect."""
 
     path: str
-    """A ``.safetensors`` file, or a folder for shards, index and sidecar files."""
+    """A ``.safetensors`` file, a folder for shards, index and sidecar files, or a ``.zarr`` store that is assembled."""
     dialect: str = "comfy"
     shard_bytes: int | None = None
     """Largest shard; None: one file, or 5 GB in a folder."""
@@ -41,6 +43,12 @@ class Output:
         check_types("output", Output, vars(self))
         if not self.path:
             raise UsageError("the path of the output is empty")
+        if is_url(self.path) and not is_store(hide(self.path)):
+            raise UsageError(
+                f"{hide(self.path)}: a file is not written to a URL byte by byte; write a Zarr store there, then make "
+                "the file of it: quantloom convert ... s3://bucket/out.zarr, then "
+                "quantloom assemble s3://bucket/out.zarr OUTPUT"
+            )
         _check_path("output", self.path)
         if self.dialect not in DIALECTS:
             raise UsageError(f"unknown dialect {shown(self.dialect)}{did_you_mean(self.dialect, DIALECTS)}")
@@ -103,11 +111,14 @@ class Recipe:
     """A whole conversion."""
 
     source: tuple[str, ...] = ()
-    """A file, folder, index, glob, or several files."""
+    """A file, folder, index, glob, or several files; of a URL what may be shown (``urls.hide``)."""
     stages: tuple[Stage, ...] = ()
     """At most one of each verb, in planning order."""
     output: Output | None = None
     run: Run = field(default_factory=Run)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "source", tuple(map(hide, self.source)))
 
     def with_stage(self, stage: Stage) -> Recipe:
         """This recipe with ``stage`` in its place, instead of one of the same verb."""

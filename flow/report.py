@@ -9,12 +9,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..formats.errors import listed, printable
-from ..formats.shards import index_file, is_single_file
+from ..formats.shards import index_file, is_single_file, is_store
 from ..stages.work import Receipt
 from .adapter import AdapterFile
 from .adapter_report import GAINS, adapter_lines
 from .budget import peak_memory
 from .layer_report import LayerReport
+from .next_commands import assemble_command, assembled_name
 from .plan import Plan
 from .quality import MEASURES, Column, gains
 from .scalar_report import scalar_errors, scalar_warnings
@@ -85,7 +86,7 @@ class Report:
         against = [word for source in self.source for word in ("--against", source)]
         statistics = ["--statistics", self.statistics] if self.statistics else []
         adapter = ["--adapter", self.adapter.path] if self.adapter else []
-        made = self.base or self.index or self.output
+        made = self.base or self.index or (assembled_name(self.output) if is_store(self.output) else self.output)
         return shlex.join(["quantloom", "verify", made, *against, *statistics, *adapter])
 
     def to_dict(self) -> dict[str, Any]:
@@ -99,6 +100,7 @@ class Report:
             **({"scalar_errors": dict(self.scalar_errors)} if self.scalar_errors else {}),
             "layers": [layer.to_dict() for layer in self.layers], "changed": self.changed, "kept": self.kept,
             "notes": list(self.notes), "warnings": [*self.warnings, *self.found], "verify": self.verify_command,
+            **({"assemble": assemble_command(self.output)} if is_store(self.output) else {}),
         }  # fmt: skip
 
     @property
@@ -171,6 +173,7 @@ class Report:
         if self.adapter is not None:
             lines += adapter_lines(self.adapter, {layer.name: layer.gain for layer in self.layers if layer.gain})
         lines += [f"warning: {text}" for text in self.found]
+        lines += [f"make files of it: {assemble_command(self.output)}"] if is_store(self.output) else []
         lines.append(f"check it: {self.verify_command}")
         return "\n".join(map(printable, lines))
 

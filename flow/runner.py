@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import sys
+import threading
 from functools import cache
 
 from ..stages.work import Environment
 
+_LOADING = threading.Lock()
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
@@ -25,8 +27,19 @@ def prepare_thread(environment: Environment) -> None:
     if environment.device == "cpu":
         return
     torch.cuda.set_device(environment.device if ":" in environment.device else 0)
+    with _LOADING:
+        _load_linear_algebra()
     if torch.cuda.current_stream() == torch.cuda.default_stream():
         torch.cuda.set_stream(torch.cuda.Stream())
+
+
+@cache
+def _load_linear_algebra() -> None:
+    """Torch loads its library for a GPU's linear algebra at the first call, and fails when two threads make that at a
+    time ("lazy wrapper should be called at most once", PyTorch issue 90613)."""
+    import torch
+
+    torch.linalg.cholesky_ex(torch.ones(1, 1, device="cuda"))
 
 
 @cache

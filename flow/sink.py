@@ -18,8 +18,9 @@ from pathlib import Path
 
 from ..formats.errors import CheckpointError, NonFiniteError, PlanError, QuantloomError, SinkError, UsageError
 from ..formats.fileio import Writer, sync_dir, sync_file
-from ..formats.shards import index_file
+from ..formats.shards import index_file, is_store
 from ..stages.writing import PART_SUFFIX
+from . import zarr_sink
 from .checksums import finished_heads
 from .commit import PREVIOUS_SUFFIX, check_unchanged, exchange, finish_exchange, hold, part
 from .output_files import final_paths, folders_of, leftovers, locks_of, log_of, sidecars_of, stale_files
@@ -41,6 +42,10 @@ def open_sink(plan: Plan) -> Iterator[Session]:
 
     An exception leaves parts and journal, if a layer is finished and the source is what it was, and says so in a note.
     """
+    if is_store(plan.output.path):
+        with zarr_sink.open_sink(plan) as session:
+            yield session
+        return
     folders = _make_folders(plan)
     try:
         with hold(locks_of(plan)):

@@ -13,6 +13,7 @@ from ..formats.fileio import Reader
 from ..formats.layers import Layer, describe, group_layers
 from ..formats.source import open_source
 from ..formats.tensors import TensorRef
+from ..formats.urls import hide
 from ..stages.evidence import Evidence
 from ..stages.origin import Origin
 from ..stages.quality import AdapterGain, Quality
@@ -118,6 +119,7 @@ def verify(
     are measured too. Checksums are looked at where there are any. Raises CheckpointError when a file itself is broken
     (truncated, bad header), PlanError for statistics or an adapter that do not fit.
     """
+    output, against = hide(output), hide(against) if isinstance(against, str) else [hide(path) for path in against]
     made, source = open_source(output), open_source(against)
     ours = {layer.name: layer for layer in group_layers(made)}
     theirs = {layer.name: layer for layer in group_layers(source)}

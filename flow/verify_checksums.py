@@ -12,11 +12,13 @@ from typing import Any
 
 from ..formats.errors import CheckpointError, UsageError, listed, shown
 from ..formats.fileio import Reader
+from ..formats.index import index_of, read_index
 from ..formats.journal import UnfinishedEdit
 from ..formats.manifest import Manifest, header_checksum, parse
+from ..formats.places import Place
 from ..formats.safetensors import Header, read_header
 from ..formats.shards import SUFFIX
-from ..formats.source import index_of, open_source, read_index
+from ..formats.source import open_source
 from .piece_sums import Stored, sum_pieces
 from .sizes import count, show_seconds, show_size
 
@@ -137,11 +139,11 @@ def look(output: str, watch: Callable[[int, int], None] | None = None) -> Checks
     return ChecksumCheck(output, len(paths), tensors, nbytes, seconds, source, tuple(findings))
 
 
-def _locate(output: str) -> tuple[list[Path], Path | None, str]:
+def _locate(output: str) -> tuple[list[Place], Place | None, str]:
     """The files, their index, and what stands against opening them as one checkpoint."""
     path, problem = Path(output), ""
     try:
-        paths = list(open_source(output).files)
+        paths: list[Place] = list(open_source(output).files)
     except UnfinishedEdit:
         raise
     except CheckpointError as error:
@@ -155,7 +157,7 @@ def _locate(output: str) -> tuple[list[Path], Path | None, str]:
     return [file.absolute() for file in paths], _index(path), problem
 
 
-def _index(path: Path) -> Path | None:
+def _index(path: Path) -> Place | None:
     if path.is_dir():
         return index_of(path)
     return path if path.name.endswith(".index.json") else None
@@ -209,7 +211,7 @@ def _set_findings(manifests: Mapping[str, Manifest]) -> Iterator[Finding]:
             yield Finding(FILES, path, f"was written by another run than the other files: {' and '.join(words)}")
 
 
-def _number_findings(paths: Sequence[Path], index: Path | None) -> Iterator[Finding]:
+def _number_findings(paths: Sequence[Place], index: Place | None) -> Iterator[Finding]:
     """Numbered files, or their index, that are not there."""
     numbered = {path: match for path in paths if (match := _NUMBERED.search(path.name))}
     for path, match in numbered.items():
@@ -222,7 +224,7 @@ def _number_findings(paths: Sequence[Path], index: Path | None) -> Iterator[Find
         yield Finding(FILES, str(paths[0].parent), "the index of the numbered files is missing: clients need it")
 
 
-def _index_findings(index: Path, headers: Sequence[Header], complete: bool) -> Iterator[Finding]:
+def _index_findings(index: Place, headers: Sequence[Header], complete: bool) -> Iterator[Finding]:
     """The index beside the files: where every tensor lies, how many bytes they have, and nothing else."""
     try:
         table = read_index(index)

@@ -56,6 +56,33 @@ class Summing:
         return (*self._done, *last)
 
 
+class Comparing:
+    """Compares bytes that come in order with the pieces that make them up, by their checksums."""
+
+    def __init__(self, pieces: Iterable[Piece]) -> None:
+        self._left = iter([piece for piece in pieces if piece.nbytes])
+        self._room = 0
+        self._next()
+
+    def add(self, content: memoryview) -> None:
+        """Raises ValueError when the bytes of a piece are not what its checksum says."""
+        while len(content):
+            if self._piece is None:
+                raise ValueError(f"{len(content)} bytes too many")
+            taken = content[: self._room]
+            self._running.update(taken)
+            self._room, content = self._room - len(taken), content[len(taken) :]
+            if not self._room:
+                if (found := self._running.hexdigest()) != self._piece.checksum:
+                    place = f"bytes {self._piece.start} to {self._piece.start + self._piece.nbytes}"
+                    raise ValueError(f"{place} have the checksum {found}, {self._piece.checksum} was written")
+                self._next()
+
+    def _next(self) -> None:
+        self._piece, self._running = next(self._left, None), xxhash.xxh3_64()
+        self._room = self._piece.nbytes if self._piece else 0
+
+
 def covers(pieces: Iterable[Piece], nbytes: int) -> bool:
     """Whether pieces of one tensor make up all its bytes, each once."""
     end = 0

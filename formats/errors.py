@@ -13,6 +13,10 @@ _ODD = re.compile("[\\x00-\\x1f\\x7f-\\x9f\\u200e\\u200f\\u2028-\\u202e\\u2066-\
 """Characters that move a terminal's cursor, change its colours or reorder its text."""
 
 
+_QUERY = re.compile(r"(https?://[^\s'\"?]*)\?(?!hidden=)[^\s'\"]*")
+"""What may be a signature: ``urls.hide`` takes it out of the URL of a checkpoint, and this out of any other."""
+
+
 def printable(text: str) -> str:
     """``text`` with characters that would steer a terminal written as codes: names come from strangers' files."""
     return _ODD.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
@@ -25,7 +29,7 @@ class QuantloomError(Exception):
     """Whether the same work may go well another time: a device or a network hiccuped."""
 
     def __str__(self) -> str:
-        return printable(super().__str__())
+        return printable(_QUERY.sub(r"\1?...", super().__str__()))
 
 
 class UsageError(QuantloomError):

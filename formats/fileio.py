@@ -17,9 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from .errors import CheckpointError, SinkError, because
+from .urls import is_url
 
 if TYPE_CHECKING:
     from types import TracebackType
+
+    from .places import Place
 
 PORTABLE = os.environ.get("QUANTLOOM_PORTABLE_IO") == "1" or not (hasattr(os, "preadv") and hasattr(os, "pwrite"))
 """True: lock and seek instead of positional calls, no directory sync. Read each time a file is opened."""
@@ -70,12 +73,16 @@ def _open(path: str, mode: str) -> _SeekingFile:
 
 
 class Reader:
-    """A file open for positional reads from any number of threads.
-
-    Raises CheckpointError when the path does not exist, cannot be read or is no regular file (a pipe would block).
+    """A file open for positional reads from any number of threads; for a URL this makes a `RemoteReader`. 
+    CheckpointError when the path does not exist, cannot be read or is no regular file (a pipe would block).
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __new__(cls, path: str | Place) -> Self:
+        if cls is Reader and is_url(path):
+            from .remote import RemoteReader as cls  # type: ignore[assignment]
+        return super().__new__(cls)
+
+    def __init__(self, path: str | Place) -> None:
         self.path = str(path)
         try:
             status = Path(self.path).stat()
@@ -87,6 +94,9 @@ class Reader:
             raise CheckpointError(f"{self.path}: cannot open for reading: {_reason(error)}") from error
         self.size = status.st_size
         """Bytes of the file when it was opened."""
+
+    def announce(self, start: int, stop: int) -> None:
+        """Bytes [start, stop) will be read from one end to the other: nothing that a local disk has to know."""
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fill the whole of ``buffer`` (contiguous, any item type) with the bytes from ``offset`` (bytes) on.
@@ -227,16 +237,6 @@ def free_bytes(folder: str | Path) -> int:
         return shutil.disk_usage(place).free
     except OSError as error:
         raise _sink_error(folder, "cannot tell the free space", error) from error
-
-
-def same_file(a: str | Path, b: str | Path) -> bool:
-    """Whether two paths lead to one file, through links too; paths that do not exist yet are compared as text."""
-    try:
-        return Path(a).samefile(b)
-    except FileNotFoundError:
-        return os.path.normcase(os.path.realpath(a)) == os.path.normcase(os.path.realpath(b))
-    except OSError as error:
-        raise _sink_error(a, f"cannot be compared with {b}", error) from error
 
 
 def _flat(buffer: bytes | bytearray | memoryview) -> memoryview:

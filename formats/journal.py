@@ -19,6 +19,7 @@ from typing import Any
 
 from .errors import CheckpointError, SinkError
 from .fileio import Reader, Writer, create_sparse, replace, sync_dir, sync_file
+from .places import Place
 
 ENDING = ".quantloom-edit"
 """A journal's name ends in this."""
@@ -66,9 +67,9 @@ def new_name(path: Path) -> Path:
     return path.with_name(path.name + NEW_ENDING)
 
 
-def refuse_unfinished(files: Iterable[Path]) -> None:
-    """UnfinishedEdit when a journal names one of these files."""
-    real = [Path(os.path.realpath(path)) for path in files]
+def refuse_unfinished(files: Iterable[Place]) -> None:
+    """UnfinishedEdit when a journal names one of these files; nothing edits objects in place."""
+    real = [Path(os.path.realpath(path)) for path in files if isinstance(path, Path)]
     for folder in {path.parent for path in real}:
         names = {path.name for path in real if path.parent == folder}
         for journal in _journals(folder):

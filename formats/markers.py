@@ -7,7 +7,9 @@ every layer below its prefix that has a ``scale_weight`` (ComfyUI ``utils.conver
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -17,9 +19,12 @@ from .fileio import Reader
 from .safetensors import parse_json
 from .source import Source
 from .tensors import TensorRef
+from .urls import is_url
 
 LEGACY = "scaled_fp8"
 _MAX_BYTES = 1 << 20
+_QUESTIONS = 16
+"""Markers that are asked for at a time behind a URL."""
 _MAX_DEPTH = 64
 """Deeper nesting would come near to what the json module can write."""
 
@@ -83,16 +88,22 @@ def marker_tensors(refs: Mapping[str, TensorRef]) -> dict[str, Entry]:
     found: dict[str, Entry] = {}
     markers = [(key, ref) for key, ref in refs.items() if key.endswith(MARKER)]
     for path, own in groupby(markers, lambda item: item[1].path):  # one file at a time: there may be thousands
-        with Reader(path) as reader:
-            for key, ref in own:
-                where = f"{path}: {key}"
-                if ref.dtype != "U8" or ref.nbytes > _MAX_BYTES:
-                    held = f"{ref.nbytes} bytes of {ref.dtype}"
-                    raise CheckpointError(f"{where} holds {held}; a marker is JSON in at most {_MAX_BYTES} bytes of U8")
-                content = bytearray(ref.nbytes)
-                reader.read_into(memoryview(content), ref.start)
-                found[key.removesuffix(MARKER)] = _described(bytes(content), where)
+        several = [ref for _, ref in own]
+        # A store answers each question late, and a disk at once.
+        with Reader(path) as reader, ThreadPoolExecutor(_QUESTIONS if is_url(path) else 1) as pool:
+            described = pool.map(partial(_read_marker, reader), several)
+            found.update((ref.name.removesuffix(MARKER), entry) for ref, entry in zip(several, described, strict=True))
     return found
+
+
+def _read_marker(reader: Reader, ref: TensorRef) -> Entry:
+    where = f"{reader.path}: {ref.name}"
+    if ref.dtype != "U8" or ref.nbytes > _MAX_BYTES:
+        held = f"{ref.nbytes} bytes of {ref.dtype}"
+        raise CheckpointError(f"{where} holds {held}; a marker is JSON in at most {_MAX_BYTES} bytes of U8")
+    content = bytearray(ref.nbytes)
+    reader.read_into(memoryview(content), ref.start)
+    return _described(bytes(content), where)
 
 
 def read_header_entry(source: Source) -> HeaderEntry:

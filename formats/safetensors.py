@@ -18,8 +18,8 @@ from .tensors import DTYPE_BITS, TensorRef
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-    from pathlib import Path
 
+    from .places import Place
     from .tensors import TensorSpec
 
 MAX_HEADER_BYTES = 100_000_000
@@ -57,16 +57,18 @@ class Header:
     """sha256 (hex) of the header bytes, the 8 bytes of length included."""
 
 
-def read_header(path: str | Path) -> Header:
+def read_header(path: str | Place) -> Header:
     """Read and check the header of one file; no weight byte is touched.
 
     Raises CheckpointError, naming file, tensor and the numbers that disagree, for everything that is not a well-formed
     safetensors file whose data fills the rest of the file exactly.
     """
     with Reader(path) as reader:
-        head = _read_head(reader)
-        size = reader.size
-    where = str(path)
+        return parse_head(str(path), _read_head(reader), reader.size)
+
+
+def parse_head(where: str, head: bytes, size: int) -> Header:
+    """The header of a file of ``size`` bytes that begins with ``head``, checked as `read_header` does."""
     table = parse_json(head[8:], f"{where}: header")
     if not isinstance(table, dict):
         raise CheckpointError(f"{where}: header is a JSON {type(table).__name__}, not an object")

@@ -1,4 +1,4 @@
-"""Where every output tensor lies: one file, or shards of a wanted size with an index."""
+"""Where every output tensor lies: one file, shards of a wanted size with an index, or a store that becomes either."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from .places import Place
 from .safetensors import layout
 from .tensors import Slot, TensorSpec
+from .urls import is_url
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 SUFFIX = ".safetensors"
+STORE_SUFFIX = ".zarr"
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,11 @@ def is_single_file(output: str) -> bool:
     return output.endswith(SUFFIX)
 
 
+def is_store(output: str) -> bool:
+    """Whether an output path names a Zarr store and not a file or folder."""
+    return output.rstrip("/\\").endswith(STORE_SUFFIX)
+
+
 def lay_out(
     groups: Sequence[Sequence[TensorSpec]], output: str, shard_bytes: int | None,
     metadata: Callable[[Sequence[TensorSpec]], Mapping[str, str]], stem: str = "model",
@@ -39,7 +47,7 @@ def lay_out(
     """Shards of at most ``shard_bytes`` (None: a file is one, a folder is split at 5 GB); a group is never split.
 
     ``metadata`` gives ``__metadata__`` of a file with these tensors. ``stem`` is the file name in a folder, as in
-    ``model-00001-of-00002.safetensors``.
+    ``model-00001-of-00002.safetensors``. A store has the shards of a folder (`zarr_store` says where).
     """
     path = Path(output)
     if is_single_file(output):
@@ -58,16 +66,21 @@ def lay_out(
     names = [f"{stem}{SUFFIX}"]
     if len(bins) > 1:
         names = [f"{stem}-{number:05d}-of-{len(bins):05d}{SUFFIX}" for number in range(1, len(bins) + 1)]
-    return [_shard(folder / name, specs, metadata(specs)) for name, specs in zip(names, bins, strict=True)]
+    if is_store(output):
+        root = output.rstrip("/\\")
+        whole = root if is_url(root) else path.absolute().as_posix()  # workers of a cluster stand elsewhere
+        places = [(f"{root}/{name}", f"{whole}/{number}") for number, name in enumerate(names, 1)]
+    else:
+        places = [(str(folder / name), str((folder / name).absolute())) for name in names]
+    return [_shard(*place, specs, metadata(specs)) for place, specs in zip(places, bins, strict=True)]
 
 
-def _shard(path: Path, specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> Shard:
+def _shard(path: str, place: str, specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> Shard:
     head, starts, size = layout(specs, metadata)
-    place = str(path.absolute())  # workers of a cluster stand elsewhere
     slots = tuple(
         Slot(spec.name, spec.dtype, spec.shape, place, start) for spec, start in zip(specs, starts, strict=True)
     )
-    return Shard(str(path), head, size, slots)
+    return Shard(path, head, size, slots)
 
 
 def index_file(shards: Sequence[Shard]) -> tuple[Path, bytes] | None:
@@ -82,7 +95,7 @@ def index_file(shards: Sequence[Shard]) -> tuple[Path, bytes] | None:
     return first.with_name(f"{stem}{SUFFIX}.index.json"), content.encode()
 
 
-def stem_of(files: Sequence[Path]) -> str:
+def stem_of(files: Sequence[Place]) -> str:
     """The file name that a folder's shards share, as clients look for it: ``model``, ``diffusion_pytorch_model``."""
     stems = {re.sub(r"(-\d{5}-of-\d{5})?\.safetensors$", "", path.name) for path in files}
     return stems.pop() if len(stems) == 1 else "model"

@@ -1,4 +1,4 @@
-"""A checkpoint as one flat table of tensors, from a file, folder, index, glob or list; only headers are read.
+"""A checkpoint as one flat table of tensors, from a file, folder, index, glob, list or URL; only headers are read.
 
 What is found is checked across files as `safetensors.read_header` checks one: a tensor that is stored twice, missing
 from the shard that an index names, or outside the folder is refused here, before any plan is made from it.
@@ -10,19 +10,19 @@ import glob
 import hashlib
 import json
 import logging
-import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import CheckpointError
-from .fileio import Reader
-from .hints import PICKLES, found_instead, near
+from .hints import PICKLES, found_instead, near, refuse_store
+from .index import check_shard_name, entries, index_of, read_index
 from .journal import refuse_unfinished
 from .manifest import KEY
-from .safetensors import Header, parse_json, read_header
+from .places import Place, RemotePath, exists, order, place, real
+from .safetensors import Header, read_header
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -31,11 +31,9 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-_INDEX = ".safetensors.index.json"
 _WEIGHTS = (*PICKLES, ".gguf", ".onnx", ".h5", ".msgpack", ".safetensors")
 _SIDECARS = (".json", ".txt", ".model", ".jinja", ".py", ".md")
 _MAX_SIDECAR_BYTES = 64_000_000
-_MAX_INDEX_BYTES = 100_000_000
 # Headers wait for the disk or the network, not for the processor.
 _HEADER_THREADS = 16
 
@@ -48,25 +46,26 @@ class Source:
     """Every tensor by its key: files in sorted order, bytes in order within a file."""
     metadata: dict[str, str]
     """``__metadata__`` of all files; where they disagree, the first file's word."""
-    files: tuple[Path, ...]
+    files: tuple[Place, ...]
     """The safetensors files, sorted."""
-    sidecars: tuple[Path, ...]
+    sidecars: tuple[Place, ...]
     """Small files of a source folder that belong to the model: configuration, tokenizer, code. Empty without one."""
     config: dict[str, Any] | None
     """``config.json`` beside the weights; None when it is absent or no JSON object."""
-    root: Path
+    root: Place
     """Folder of the checkpoint; of its first file, where files of several folders were given."""
     fingerprint: str
     """sha256 (hex) over name, size, mtime and header of every file: another value, another checkpoint."""
     layout: str
     """sha256 (hex) over size and header of every file: the same wherever and whenever the files were put down."""
-    stamps: tuple[tuple[Path, int, int], ...]
-    """Every file with its bytes and mtime (ns) when it was opened: what a later look must find again."""
+    stamps: tuple[tuple[Place, int, int], ...]
+    """Every file with its bytes and mtime (ns; of an object, a number made of its entity tag and its time of change)
+    when it was opened: what a later look must find again."""
     takes_all: bool = False
     """Whether every safetensors file directly in ``root`` belongs to it: a folder without an index."""
 
     @property
-    def place(self) -> Path:
+    def place(self) -> Place:
         """What messages call it: its file, or the folder of several."""
         return self.files[0] if len(self.files) == 1 else self.root
 
@@ -77,7 +76,7 @@ class Source:
 
 
 def open_source(where: str | Path | Sequence[str | Path]) -> Source:
-    """Open a .safetensors file, a folder, an ``*.index.json``, a glob pattern or a list of files.
+    """Open a .safetensors file, a folder, an ``*.index.json``, a glob pattern or a list of files; each may be a URL.
 
     A folder is read through its index when it has one (``model.safetensors.index.json`` before others), so that stray
     copies beside it do no harm; otherwise every safetensors file directly in it counts.
@@ -93,10 +92,11 @@ def open_source(where: str | Path | Sequence[str | Path]) -> Source:
 
 def _open(where: str | Path | Sequence[str | Path]) -> Source:
     if not isinstance(where, str | Path):
-        return _open_list([Path(item) for item in where])
+        return _open_list([place(item) for item in where])
     if not str(where):
         raise CheckpointError("the path of the checkpoint is empty")
-    path = Path(where)
+    refuse_store(str(where))
+    path = place(where)
     if path.is_dir():
         index = index_of(path)
         if index:
@@ -105,39 +105,42 @@ def _open(where: str | Path | Sequence[str | Path]) -> Source:
     if path.name.lower().endswith(".index.json") and path.is_file():
         return _open_index(path)
     # A file may have brackets in its own name, so that a pattern is only what is no file.
-    if os.path.lexists(path):
+    if exists(path):
         return _read([path], path.parent, ())
-    if glob.has_magic(str(where)):
-        return _open_glob(str(where))
+    if glob.has_magic(str(path)):
+        return _open_glob(path)
     raise CheckpointError(f"{path}: does not exist{near(path)}")
 
 
-def _open_list(paths: list[Path]) -> Source:
+def _open_list(paths: list[Place]) -> Source:
     if not paths:
         raise CheckpointError("no file was given: the list of checkpoint files is empty")
     for path in paths:
         if path.is_dir():
             raise CheckpointError(f"{path}: is a folder; a list holds files only, give a folder alone")
-        if not os.path.lexists(path):
+        if not exists(path):
             raise CheckpointError(f"{path}: does not exist{near(path)}")
-    return _read(paths, min(paths).parent, ())
+    return _read(paths, min(paths, key=order).parent, ())
 
 
-def _open_glob(pattern: str) -> Source:
-    # Path.glob refuses absolute patterns and finds hidden files.
-    matches = [Path(match) for match in glob.glob(pattern, recursive=True)]
+def _open_glob(pattern: Place) -> Source:
+    matches: list[Place]
+    if isinstance(pattern, RemotePath):
+        matches = list(pattern.glob())
+    else:  # Path.glob refuses absolute patterns and finds hidden files
+        matches = [Path(match) for match in glob.glob(str(pattern), recursive=True)]
     files = [path for path in matches if path.name.endswith(".safetensors") and not path.is_dir()]
     if not files:
         raise CheckpointError(f"{pattern}: no safetensors file matches this pattern; {found_instead(matches)}")
-    return _read(files, min(files).parent, ())
+    return _read(files, min(files, key=order).parent, ())
 
 
-def _open_index(index: Path) -> Source:
+def _open_index(index: Place) -> Source:
     """Open the shards that an index names, and hold it to its word."""
     weight_map, root = read_index(index)["weight_map"], index.parent
     shards = sorted(set(weight_map.values()))
     for shard in shards:
-        _check_shard_name(index, shard)
+        check_shard_name(index, shard)
     if missing := [shard for shard in shards if not (root / shard).is_file()]:
         raise CheckpointError(
             f"{index}: {len(missing)} of {len(shards)} shards are missing, the first is {missing[0]}; "
@@ -148,61 +151,29 @@ def _open_index(index: Path) -> Source:
     for name, shard in weight_map.items():
         ref = source.refs.get(name)
         if ref is None or ref.path != paths[shard]:
-            found = "no shard has it" if ref is None else f"it is in {Path(ref.path).name}"
+            found = "no shard has it" if ref is None else f"it is in {place(ref.path).name}"
             raise CheckpointError(f"{index}: tensor {name!r} is missing from shard {shard}: {found}")
     if unlisted := [name for name in source.refs if name not in weight_map]:
         _log.warning("%s lacks %d tensors of its shards, %r first; they are read", index, len(unlisted), unlisted[0])
     return source
 
 
-def read_index(index: Path) -> dict[str, Any]:
-    """An index, whose ``weight_map`` names files by tensor; CheckpointError for a broken one."""
-    with Reader(index) as reader:
-        if reader.size > _MAX_INDEX_BYTES:
-            raise CheckpointError(f"{index}: index of {reader.size} bytes; at most {_MAX_INDEX_BYTES} are read")
-        raw = bytearray(reader.size)
-        reader.read_into(memoryview(raw), 0)
-    table = parse_json(bytes(raw), f"{index}: index")
-    table = table if isinstance(table, dict) else {}
-    weight_map = table.get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise CheckpointError(f"{index}: index has no 'weight_map' object, which says where each tensor is")
-    if bad := [name for name, shard in weight_map.items() if not isinstance(shard, str)]:
-        raise CheckpointError(f"{index}: 'weight_map' gives tensor {bad[0]!r} a shard that is not a string")
-    if not weight_map:
-        raise CheckpointError(f"{index}: 'weight_map' names no tensor")
-    return table
-
-
-def _check_shard_name(index: Path, shard: str) -> None:
-    """Refuse names that lead out of the folder on any system; links inside it are how download caches work."""
-    odd = PureWindowsPath(shard).anchor or "\\" in shard or "\0" in shard
-    if odd or not shard.strip("./") or ".." in shard.split("/"):
-        raise CheckpointError(f"{index}: shard name {shard!r} is not a plain path inside the folder")
-
-
-def index_of(folder: Path) -> Path | None:
-    """The index that a folder is read through, if it has one."""
-    found = [path for path in _entries(folder) if path.name.endswith(_INDEX)]
-    preferred = [path for path in found if path.name == "model" + _INDEX] or found
-    return preferred[0] if len(preferred) == 1 else None
-
-
-def _shards_of(folder: Path) -> list[Path]:
-    entries = _entries(folder)
+def _shards_of(folder: Place) -> list[Place]:
+    found = entries(folder)
     # Broken links stay in, to be refused by name: left out, a part of the model would go missing in silence.
-    files = [path for path in entries if path.name.endswith(".safetensors") and not path.is_dir()]
+    files = [path for path in found if path.name.endswith(".safetensors") and not path.is_dir()]
     if not files:
-        inside = sorted({path.parent.name for path in islice(folder.glob("*/*.safetensors"), 100)})
+        deeper: Iterable[Place] = folder.glob("*/*.safetensors")
+        inside = sorted({path.parent.name for path in islice(deeper, 100)})
         hint = f"; sub-folders that hold some: {', '.join(inside)}" if inside else ""
-        raise CheckpointError(f"{folder}: no safetensors file in this folder; {found_instead(entries)}{hint}")
+        raise CheckpointError(f"{folder}: no safetensors file in this folder; {found_instead(found)}{hint}")
     return [path for path in files if not path.name.startswith("adapter_")] or files
 
 
-def _sidecars(folder: Path) -> tuple[Path, ...]:
+def _sidecars(folder: Place) -> tuple[Place, ...]:
     return tuple(
         path
-        for path in _entries(folder)
+        for path in entries(folder)
         if (path.name.endswith(_SIDECARS) or path.name.startswith(("tokenizer", "merges")))
         and not path.name.endswith((".index.json", *_WEIGHTS))
         and path.is_file()
@@ -210,14 +181,10 @@ def _sidecars(folder: Path) -> tuple[Path, ...]:
     )
 
 
-def _entries(folder: Path) -> list[Path]:
-    """What a folder holds, sorted, without hidden names (macOS puts ``._*.safetensors`` beside real ones)."""
-    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-
-
-def _read(paths: Iterable[Path], root: Path, sidecars: tuple[Path, ...]) -> Source:
+def _read(paths: Iterable[Place], root: Place, sidecars: tuple[Place, ...]) -> Source:
     """Read every header and join them; each file counts once, however often and by whatever spelling it is given."""
-    files = tuple(sorted({os.path.realpath(path): path for path in sorted(paths, reverse=True)}.values()))
+    spelled = {real(path): path for path in sorted(paths, key=order, reverse=True)}
+    files = tuple(sorted(spelled.values(), key=order))
     refuse_unfinished(files)
     with ThreadPoolExecutor(max_workers=min(_HEADER_THREADS, len(files))) as pool:
         opened = list(pool.map(_read_one, files))
@@ -240,14 +207,14 @@ def _read(paths: Iterable[Path], root: Path, sidecars: tuple[Path, ...]) -> Sour
     return Source(refs, metadata, files, sidecars, _config(root), root, fingerprint, layout, seen)
 
 
-def _read_one(path: Path) -> tuple[Header, tuple[str, int, int, str]]:
+def _read_one(path: Place) -> tuple[Header, tuple[str, int, int, str]]:
     """A file's header, and what tells it from another version of itself: name, bytes, mtime (ns), header digest."""
     header = read_header(path.absolute())  # workers may stand in another folder
     status = path.stat()
     return header, (path.name, status.st_size, status.st_mtime_ns, header.digest)
 
 
-def _config(root: Path) -> dict[str, Any] | None:
+def _config(root: Place) -> dict[str, Any] | None:
     path = root / "config.json"
     try:
         if path.stat().st_size > _MAX_SIDECAR_BYTES:

@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
 from ..formats.errors import PlanError, UsageError, listed
-from ..formats.fileio import same_file
 from ..formats.layers import Layer, describe, group_layers
+from ..formats.places import same_file
 from ..formats.source import Source, open_source
 from ..formats.tensors import FLOAT_DTYPES
 from .evidence import NAMED, Evidence

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -12,8 +12,10 @@ import torch
 from ..formats.encoding import Encoding
 from ..formats.fileio import Reader
 from ..formats.layers import Layer
+from ..formats.remote import ahead_bytes
 from ..formats.scratch import scratch, upload
 from ..formats.tensors import TensorRef, torch_dtype
+from ..formats.urls import is_url
 from .cancelling import check_cancelled
 from .work import Chunk, Environment, LayerPlan, Work
 
@@ -63,6 +65,16 @@ def read_rows(
     return stored.view(torch_dtype(ref.dtype)).view(stop - start, math.prod(ref.shape[1:]))
 
 
+def announce_rows(reader: Reader, ref: TensorRef, rows: tuple[int, int]) -> None:
+    """These rows are going to be read in order."""
+    reader.announce(ref.start + rows[0] * ref.row_bytes, ref.start + rows[1] * ref.row_bytes)
+
+
+def ahead_of(refs: Iterable[TensorRef | None]) -> int:
+    """Bytes that come in ahead of reading these tensors in order: none from local files."""
+    return sum(ahead_bytes(ref.nbytes) for ref in refs if ref is not None and is_url(ref.path))
+
+
 def read_whole(ref: TensorRef) -> torch.Tensor:
     """All numbers of a stored tensor, flat, in memory of their own: for those that are small."""
     content = bytearray(ref.nbytes)
@@ -97,6 +109,7 @@ class Copy:
                 ref = refs[stored]
                 whole = (0, ref.nbytes)
                 with Reader(ref.path) as reader:
+                    reader.announce(ref.start, ref.start + ref.nbytes)
                     for first, last in row_chunks(whole, 1, work.environment, 1):
                         buffer = scratch("copy", (last - first,), torch.uint8, torch.device("cpu"))
                         reader.read_into(buffer.numpy().data, ref.start + first)
@@ -106,8 +119,10 @@ class Copy:
         return work
 
     def memory(self, plan: LayerPlan, environment: Environment) -> int:
-        """One buffer."""
-        return min(environment.chunk_bytes, max((ref.nbytes for ref in plan.layer.tensors), default=0))
+        """One buffer, and what is read ahead of one tensor."""
+        tensors = plan.layer.tensors
+        ahead = max((ahead_of([ref]) for ref in tensors), default=0)
+        return min(environment.chunk_bytes, max((ref.nbytes for ref in tensors), default=0)) + ahead
 
 
 @dataclass(frozen=True)
@@ -124,6 +139,7 @@ class Read:
 
         def stream(start: int, stop: int) -> Iterator[Chunk]:
             with Reader(ref.path) as reader:
+                announce_rows(reader, ref, (start, stop))
                 for rows in row_chunks((start, stop), ref.row_bytes, work.environment, self.multiple):
                     yield Chunk(rows[0], read_rows(reader, ref, rows, "read", device))
 
@@ -131,10 +147,12 @@ class Read:
         return work
 
     def memory(self, plan: LayerPlan, environment: Environment) -> int:
-        """The rows as stored, on the CPU (twice for a GPU: one buffer is filled, one copied) and on the device."""
+        """The rows as stored, on the CPU (twice for a GPU: one buffer is filled, one copied) and on the device; and
+        what is read ahead."""
         weight = plan.layer.weight
         copies = 2 if environment.device == "cpu" else 3
-        return chunk_elements(plan, environment) * copies * max(2, weight.row_bytes // max(1, weight.shape[1]))
+        rows = chunk_elements(plan, environment) * copies * max(2, weight.row_bytes // max(1, weight.shape[1]))
+        return rows + ahead_of(plan.layer.tensors[:1])
 
 
 @dataclass(frozen=True)
@@ -153,6 +171,9 @@ class Decode:
             with ExitStack() as stack:
                 parts = (encoding.codes, encoding.scales, encoding.whole)
                 readers = {path: stack.enter_context(Reader(path)) for path in {ref.path for ref in parts if ref}}
+                announce_rows(readers[encoding.codes.path], encoding.codes, (start, stop))
+                if (scales := encoding.scales) is not None:
+                    announce_rows(readers[scales.path], _as_rows(scales), encoding.scale_range(start, stop))
                 for rows in row_chunks((start, stop), decoded_row_bytes(encoding), work.environment, self.multiple):
                     yield Chunk(rows[0], decode_rows(encoding, readers, rows, device))
 
@@ -160,8 +181,12 @@ class Decode:
         return work
 
     def memory(self, plan: LayerPlan, environment: Environment) -> int:
-        """Codes, integer indices into the code table, and float32 rows twice; for a GPU codes in two host buffers."""
-        return chunk_elements(plan, environment) * (18 if environment.device == "cpu" else 20)
+        """Codes, integer indices into the code table, and float32 rows twice; for a GPU codes in two host buffers; and
+        what is read ahead."""
+        encoding = plan.layer.encoding
+        assert encoding is not None
+        each = 18 if environment.device == "cpu" else 20
+        return chunk_elements(plan, environment) * each + ahead_of((encoding.codes, encoding.scales))
 
 
 def reader(layer: Layer, multiple: int = 1) -> Read | Decode:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..formats.errors import CheckpointError, UsageError, did_you_mean, listed
+from ..formats.urls import is_url, shown_url
 from .statistics_table import Table, read_table
 
 if TYPE_CHECKING:
@@ -57,6 +58,8 @@ class Statistics:
 
         Reads one small file.
         """
+        if is_url(path):
+            raise UsageError(f"{shown_url(str(path))}: statistics are read from this machine only: copy the store here")
         root = Path(path).absolute()
         table = read_table(root)
         if missing := table.incomplete():

@@ -17,7 +17,7 @@ PRINTERS = {"console.py", "compat.py"}
 MOST_LINES = 260
 MOST_PARAMETERS = 7
 KNOWN_THIRD_PARTIES = {
-    "formats": {"torch", "numpy", "xxhash"},
+    "formats": {"torch", "numpy", "xxhash", "zarr", "google_crc32c", "fsspec"},
     "stages": {"torch", "numpy", "triton", "xxhash", "yaml", "zarr", "prodigyplus"},
     "flow": {"torch", "dask", "distributed", "dask_cuda", "psutil", "click", "rich", "filelock", "transformers",
              "diffusers"},

@@ -354,7 +354,7 @@ def test_tables_are_whole_where_nobody_sees_the_margin(cli: Cli, tmp_path: Path)
     done = cli("plan", tmp_path / "in.safetensors", "--format", "int8")
     assert name in done.out
     narrow = Console(width=60, file=io.StringIO(), force_terminal=False)
-    table = console._table("layer", ">shape", "becomes")
+    table = console.make_table("layer", ">shape", "becomes")
     table.add_row(Name(name), "100 x 72", "kept: because it is so")
     narrow.print(table)
     assert isinstance(narrow.file, io.StringIO)

@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from servers import serving
 
 from quantloom.flow import cli, compat
 from quantloom.formats.elements import E2M1, E4M3, E5M2
@@ -48,7 +50,7 @@ def scripts(document: Path) -> list[tuple[str, str | None]]:
 
 def commands(document: Path) -> list[list[str]]:
     lines = [line for block in blocks(document, "bash") for line in block.splitlines()]
-    split = [shlex.split(line, comments=True) for line in lines]
+    split = [shlex.split(os.path.expandvars(line), comments=True) for line in lines]
     return [words for words in split if words and words[0] in DOORS]
 
 
@@ -77,6 +79,14 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_llama(folder / "llama")
     (folder / "book.txt").write_text(" ".join(f"w{number % 60}" for number in range(4000)))
     return folder
+
+
+@pytest.fixture
+def web(models: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The models at ``$MODELS``, as documents call a web server."""
+    with serving(models) as server:
+        monkeypatch.setenv("MODELS", server.url)
+        yield
 
 
 @pytest.fixture
@@ -161,6 +171,7 @@ def test_python_blocks_run_and_print_what_they_say(document: Path, folder: Path)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.usefixtures("web")
 def test_commands_run(document: Path, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     for block in blocks(document, "yaml"):  # its first line is a comment with the name of the file
         (folder / block.partition("\n")[0].removeprefix("# ")).write_text(block, encoding="utf-8")

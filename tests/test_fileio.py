@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from quantloom.formats import fileio
+from quantloom.formats import fileio, places
 from quantloom.formats.errors import CheckpointError, SinkError
 
 if TYPE_CHECKING:
@@ -340,16 +340,16 @@ class TestNames:
         (folder / "hard").hardlink_to(file)
         (folder / "copy").write_bytes(DATA)
         monkeypatch.chdir(folder)
-        assert fileio.same_file(file, folder / "soft")
-        assert fileio.same_file(file, folder / "hard")
-        assert fileio.same_file("data.bin", str(file))
-        assert not fileio.same_file(file, folder / "copy")
+        assert places.same_file(file, folder / "soft")
+        assert places.same_file(file, folder / "hard")
+        assert places.same_file("data.bin", str(file))
+        assert not places.same_file(file, folder / "copy")
 
     def test_same_file_before_it_exists(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(tmp_path)
         (tmp_path / "link").symlink_to(tmp_path)
-        assert fileio.same_file("new", tmp_path / "link" / "new")
-        assert not fileio.same_file("new", tmp_path / "other")
+        assert places.same_file("new", tmp_path / "link" / "new")
+        assert not places.same_file("new", tmp_path / "other")
 
 
 class TestSyncDir:
