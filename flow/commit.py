@@ -15,6 +15,12 @@ from ..formats.source import Source
 from ..stages.writing import PART_SUFFIX
 
 PREVIOUS_SUFFIX = ".previous"
+
+
+class HalfwayError(SinkError):
+    """Some files of an output have their names, others do not, and the system lets nobody change that now."""
+
+
 _log = logging.getLogger(__name__)
 
 
@@ -88,7 +94,10 @@ def check_unchanged(source: Source) -> None:
 
 
 def exchange(paths: list[Path], stale: list[Path]) -> None:
-    """Gives all parts their names in order and removes ``stale``; or puts back what was there, when one fails."""
+    """Gives all parts their names in order and removes ``stale``; or puts back what was there, when one fails.
+
+    HalfwayError when that fails, too.
+    """
     if len(paths) == 1 and not stale:
         replace(part(paths[0]), paths[0])  # takes the place of an old file without a moment between
         return
@@ -104,17 +113,23 @@ def exchange(paths: list[Path], stale: list[Path]) -> None:
         for path in paths:
             replace(part(path), path)
             placed.append(path)
-    except BaseException:
-        for path in placed:
-            with contextlib.suppress(SinkError):
-                replace(path, part(path))
-        for path in moved:
-            with contextlib.suppress(SinkError):
-                replace(previous(path), path)
+    except BaseException as error:
+        back = [(path, part(path)) for path in placed] + [(previous(path), path) for path in moved]
+        if stuck := [at for at, to in back if not _moved(at, to)]:
+            raise HalfwayError(f"{stuck[0]}: cannot be put back after: {error}") from error
         raise
     for path in moved:
         with contextlib.suppress(OSError):
             previous(path).unlink()
+
+
+def _moved(at: Path, to: Path) -> bool:
+    try:
+        replace(at, to)
+    except SinkError as error:
+        _log.debug("%s", error)
+        return False
+    return True
 
 
 def finish_exchange(paths: Sequence[Path], stale: Sequence[Path], overwrite: bool) -> None:

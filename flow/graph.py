@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from operator import itemgetter
 from typing import Any
 
@@ -24,6 +25,9 @@ BATCH_BYTES = 64 << 20
 """Layers are put together into tasks of at least this many source bytes ..."""
 BATCH_LAYERS = 256
 """... but of no more layers than this: what Dask does within a fused task grows with the square of its nodes."""
+
+_submissions = count()
+"""A scheduler gives back what it has under a key: those of another try, or of another run, must not be equal."""
 
 Key = tuple[str, ...]
 Graph = dict[Key, GraphNode]
@@ -145,28 +149,26 @@ def batches(layers: Sequence[LayerPlan]) -> Iterator[list[LayerPlan]]:
 def submission(
     chosen: Iterable[list[LayerPlan]], environment: Environment
 ) -> tuple[Graph, dict[Key, list[LayerPlan]]]:
-    """The fused graph of these batches, and the keys to ask for with the layers of each; a key's result is a list of
-    receipts, or a Failure.
-
-    The chains of a batch, joined by a node that gathers their receipts, are fused into one task, so that what flows
-    along an edge stays inside one worker's thread.
-    """
+    """The fused graph of these batches, and the keys to ask for with the layers of each: a key's result is a list of
+    receipts, or a Failure. A batch's chains are one task, so that what flows stays inside one worker's thread."""
     graph: Graph = {}
     layers_of: dict[Key, list[LayerPlan]] = {}
     for number, batch in enumerate(chosen):
         nodes = stage_graph(batch, environment)
         if batch[0].parts:
-            layers_of |= dict.fromkeys(_fuse_parts(batch[0], nodes, graph, environment.run_id), batch)
+            layers_of |= dict.fromkeys(_fuse_parts(batch[0], nodes, graph), batch)
             continue
-        key = (environment.run_id, "batch", str(number))
+        key = ("batch", str(number))
         wanted = [end for plan in batch for end in receipt_keys(plan)]
         gather = Task(key, gather_receipts, List(*(TaskRef(end) for end in wanted)))
         graph[key] = Task.fuse(*nodes.values(), gather, key=key)
         layers_of[key] = batch
-    return {key: _guarded(task) for key, task in graph.items()}, layers_of
+    run = environment.run_id, str(next(_submissions))
+    named: Graph = {(*run, *key): _guarded(key, task, run) for key, task in graph.items()}
+    return named, {(*run, *key): batch for key, batch in layers_of.items()}
 
 
-def _fuse_parts(plan: LayerPlan, nodes: Graph, graph: Graph, run_id: str) -> list[Key]:
+def _fuse_parts(plan: LayerPlan, nodes: Graph, graph: Graph) -> list[Key]:
     """One task per row range, and with a shared scale one more for its amax; edges carry single numbers."""
     keys = []
     shared = _shared_scale(plan)
@@ -178,7 +180,7 @@ def _fuse_parts(plan: LayerPlan, nodes: Graph, graph: Graph, run_id: str) -> lis
             amax_key = ("amax", plan.layer.name, *suffix)
             graph[amax_key] = Task.fuse(*chain[:before], nodes[amax_key], key=amax_key)
         end = nodes[("receipt", plan.layer.name, *suffix)]
-        key = (run_id, "batch", plan.layer.name, *suffix)
+        key = ("rows", plan.layer.name, *suffix)
         graph[key] = Task.fuse(*chain, end, Task(key, gather_receipts, List(TaskRef(end.key))), key=key)
         keys.append(key)
     if shared is not None:
@@ -186,13 +188,10 @@ def _fuse_parts(plan: LayerPlan, nodes: Graph, graph: Graph, run_id: str) -> lis
     return keys
 
 
-def _guarded(task: GraphNode) -> Task:
-    """The task with failures as values: others go on, and the driver decides."""
-    needs = sorted(task.dependencies, key=str)
-    return Task(task.key, Guarded(task, tuple(needs)), *map(TaskRef, needs))
-
-
-# What the nodes call. They run in workers.
+def _guarded(key: Key, task: GraphNode, run: Key) -> Task:
+    """The task, named after its run, with failures as values: others go on, and the driver decides."""
+    needs: list[Any] = sorted(task.dependencies, key=str)
+    return Task((*run, *key), Guarded(task, tuple(needs)), *(TaskRef((*run, *need)) for need in needs))
 
 
 @dataclass(frozen=True)
@@ -201,6 +200,7 @@ class Guarded:
 
     task: GraphNode
     needs: tuple[Key, ...]
+    """Keys within the task."""
 
     def __call__(self, *values: Any) -> Any:
         if failure := next((value for value in values if isinstance(value, Failure)), None):
@@ -248,8 +248,8 @@ def make_receipt(work: Work) -> Receipt:
     share = (work.rows[1] - work.rows[0]) / max(1, plan.rows)
     return Receipt(
         plan.layer.name, plan.format, round(plan.layer.nbytes * share), round(plan.nbytes_out * share),
-        time.perf_counter() - work.started, work.squared_error, work.squared_weight, work.rows, work.quality, work.gain,
-        work.pieces,
+        time.perf_counter() - work.started, work.squared_error, work.squared_weight, work.rows,
+        work.quality, work.gain, work.pieces,
     )  # fmt: skip
 
 

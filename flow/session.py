@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 
-from ..formats.errors import QuantloomError
 from ..stages.work import Receipt
 from .plan import Plan
 from .run_journal import Log, finished_lines
@@ -38,7 +37,7 @@ class Session:
         self.laid_out_again = False
         """Whether files of ``plan`` take the place of those of ``first_plan``."""
         self.committing = False
-        """Whether an earlier run was killed while files got their names: nothing else is left to do."""
+        """Whether the journal says that files get their names: nothing else is left to do, or to be undone."""
         self.receipts: list[Receipt] = list(done)
         self.resumed = tuple(done)
         """What an earlier run had finished."""
@@ -51,7 +50,7 @@ class Session:
         self._pending: list[Receipt] = []
         self._lock = threading.Lock()
         self._ended = threading.Event()
-        self._error: QuantloomError | None = None
+        self._error: Exception | None = None
         self._thread = threading.Thread(target=self._keep, name="quantloom-journal", daemon=True)
         self._thread.start()
 
@@ -74,7 +73,7 @@ class Session:
         return new
 
     def close(self) -> None:
-        """Journals what is pending, and ends. Raises QuantloomError when a file cannot be synced."""
+        """Journals what is pending, and ends. Raises SinkError when a file cannot be synced."""
         self._ended.set()
         self._thread.join()
         if self._error is not None:
@@ -87,7 +86,7 @@ class Session:
             began = time.perf_counter()
             try:
                 self._commit()
-            except QuantloomError as error:
+            except Exception as error:  # raised in the thread that works
                 with self._lock:
                     self._error = error
                 return

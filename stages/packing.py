@@ -37,6 +37,11 @@ class Pack:
                 if self.storage.layout.high_nibble_first:
                     codes = (codes << 4) | (codes >> 4)
                 chunk.writes = [(self.storage.codes.name, chunk.start * self.storage.codes.row_bytes, codes.cpu())]
+                end = chunk.start + codes.shape[0]
+                padding = self.storage.codes.nbytes - end * self.storage.codes.row_bytes
+                if end == work.plan.rows and padding:  # rows that only the format has
+                    place = end * self.storage.codes.row_bytes
+                    chunk.writes.append((self.storage.codes.name, place, torch.zeros(padding, dtype=torch.uint8)))
                 chunk.writes += scales.add(chunk, last=chunk.start + codes.shape[0] == stop)
                 if chunk.start == 0 and self.storage.whole is not None and work.whole is not None:
                     value = torch.frombuffer(bytearray(struct.pack("<f", work.whole)), dtype=torch.float32)
