@@ -261,7 +261,8 @@ def test_a_journal_with_any_byte_changed(stopped: Stopped) -> None:
 
 def test_lines_of_other_things_and_blank_lines(stopped: Stopped) -> None:
     odd: list[Any] = [{}, {"done": 5}, {"done": {"name": [1], "rows": [0, 1], "pieces": []}}, {"commit": 7}]
-    odd += [{"again": 7}, {"done": {"name": "x", "rows": ["a", 1], "pieces": [], "nbytes_in": float("inf")}}, {"again": [{}]}]
+    odd += [{"again": 7}, {"done": {"name": "x", "rows": ["a", 1], "pieces": [], "nbytes_in": float("inf")}}]
+    odd += [{"again": [{}]}]
     stopped.journal.write_bytes(stopped.lines + b"\n\n" + lines_of(odd) + b"[1]\n\0\0\0\0")
     report = stopped.finishes()
     assert any("8 lines cut short or damaged" in note or "9 lines cut short" in note for note in report.notes)
@@ -488,8 +489,10 @@ def dies(after: int, run: Callable[[], object]) -> bool:
     return status == 9
 
 
-SHAPES = {"file": ("x.safetensors", 0, False), "folder": ("", 4_000, False), "over a file": ("x.safetensors", 0, True),
-          "over shards": ("", 4_000, True), "shards over shards beside each other": ("x.safetensors", 4_000, True)}  # fmt: skip
+SHAPES = {
+    "file": ("x.safetensors", 0, False), "folder": ("", 4_000, False), "over a file": ("x.safetensors", 0, True),
+    "over shards": ("", 4_000, True), "shards over shards beside each other": ("x.safetensors", 4_000, True),
+}  # fmt: skip
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
