@@ -710,7 +710,8 @@ main(sys.argv[1:])
 
 @pytest.mark.skipif(os.name == "nt", reason="signals of another kind")
 @pytest.mark.parametrize(("scheduler", "number"), [("threads", signal.SIGINT), ("sync", signal.SIGINT),
-                                                   ("threads", signal.SIGTERM), ("threads", signal.SIGHUP)])  # fmt: skip
+                                                   ("threads", signal.SIGTERM),
+                                                   ("threads", signal.SIGHUP)])  # fmt: skip
 def test_ctrl_c(scheduler: str, number: int, sharded: Path, tmp_path: Path) -> None:
     before = listing(tmp_path)
     command = [sys.executable, "-c", _SLOW, "convert", str(sharded), str(tmp_path / "out"), "--format", "fp8",
