@@ -143,6 +143,9 @@ def finish_exchange(paths: Sequence[Path], stale: Sequence[Path], overwrite: boo
                 raise SinkError(f"{path}: appeared after the conversion; move it away, or pass --overwrite")
             replace(part(path), path)
         elif not os.path.lexists(path):
-            raise SinkError(f"{path}: is gone, and {part(path).name} too: the output of the earlier run is not whole")
+            raise SinkError(
+                f"{path}: is gone, and {part(path).name} too: the output of the earlier run is not whole; delete its "
+                "journal to start over"
+            )
     for path in stale:
         path.unlink()

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 
 from ..stages.work import Receipt
+from .graph import Failure
 from .plan import Plan
 from .run_journal import Log, finished_lines
 
@@ -50,7 +51,7 @@ class Session:
         self._pending: list[Receipt] = []
         self._lock = threading.Lock()
         self._ended = threading.Event()
-        self._error: Exception | None = None
+        self._failure: Failure | None = None
         self._thread = threading.Thread(target=self._keep, name="quantloom-journal", daemon=True)
         self._thread.start()
 
@@ -60,9 +61,9 @@ class Session:
         new = self.add_new(receipts)
         with self._lock:
             self._pending += new
-            error = self._error
-        if error is not None:
-            raise error
+            failure = self._failure
+        if failure is not None:
+            raise failure.error
         return new
 
     def add_new(self, receipts: Iterable[Receipt]) -> list[Receipt]:
@@ -76,8 +77,8 @@ class Session:
         """Journals what is pending, and ends. Raises SinkError when a file cannot be synced."""
         self._ended.set()
         self._thread.join()
-        if self._error is not None:
-            raise self._error
+        if self._failure is not None:
+            raise self._failure.error
         self._commit()
 
     def _keep(self) -> None:
@@ -88,7 +89,7 @@ class Session:
                 self._commit()
             except Exception as error:  # raised in the thread that works
                 with self._lock:
-                    self._error = error
+                    self._failure = Failure(error)
                 return
             pause = max(INTERVAL, SHARE * (time.perf_counter() - began))
 

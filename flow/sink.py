@@ -22,10 +22,19 @@ from ..formats.shards import index_file
 from ..stages.writing import PART_SUFFIX
 from .commit import PREVIOUS_SUFFIX, HalfwayError, check_unchanged, exchange, finish_exchange, hold, part
 from .output_files import final_paths, folders_of, leftovers, locks_of, log_of, sidecars_of, stale_files
-from .part_files import PartSync, create_parts, mend_parts, remove_parts, sidecar_content, write_part, wrong_parts
+from .part_files import (
+    PartSync,
+    create_parts,
+    mend_parts,
+    remove_parts,
+    shards_of,
+    sidecar_content,
+    write_part,
+    wrong_parts,
+)
 from .plan import Plan, make_plan
 from .resume import damaged, earlier_run, finished, left_over
-from .run_journal import Record, again_line, committing_line, head_of, lines_of, undone_line
+from .run_journal import GIVE_UP, Record, again_line, committing_line, head_of, lines_of, undone_line
 from .salvage import BEFORE_SUFFIX, put_back
 from .session import Session
 from .sizes import count
@@ -182,6 +191,7 @@ def _commit(session: Session) -> None:
     plan = session.plan
     paths = final_paths(plan)
     if session.committing:
+        _check_sizes(plan)
         finish_exchange(paths, stale_files(plan), plan.output.overwrite)
     else:
         _check_complete(session)
@@ -208,6 +218,16 @@ def _commit(session: Session) -> None:
             with contextlib.suppress(OSError):
                 path.unlink()
     session.log.remove()
+
+
+def _check_sizes(plan: Plan) -> None:
+    """SinkError for a file that was exchanged since an earlier run was killed while its files got their names."""
+    for shard in shards_of(plan):
+        path = Path(shard.path)
+        at = part(path) if os.path.lexists(part(path)) else path
+        if at.exists() and at.stat().st_size != shard.size:
+            found = f"has {at.stat().st_size} bytes instead of {shard.size}"
+            raise SinkError(f"{at}: {found}: the output of the earlier run is not whole; {GIVE_UP}")
 
 
 def _check_complete(session: Session) -> None:

@@ -527,6 +527,32 @@ def test_killed_at_any_step_of_a_commit(shape: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+@pytest.mark.parametrize("what", ["cut", "gone", "source"])
+def test_what_changed_since_a_kill_in_the_commit(what: str, tmp_path: Path) -> None:
+    """Is said, and nothing gets a name that was not written for it."""
+    source = write_folder(tmp_path / "in", small_tensors(), shards=1)
+    out = tmp_path / "out"
+    run = lambda: convert(source, out, shard_size=4_000)  # noqa: E731
+    assert dies(5, run)  # two lines of the journal and all receipts before, then two of the renames
+    (waiting, *_) = sorted(out.glob("*.safetensors.part"))
+    if what == "source":
+        (file,) = source.glob("*.safetensors")
+        os.utime(file, ns=(1, 1))
+        words = "stopped while its files got their names is of another conversion.*rename its"
+    elif what == "gone":
+        waiting.unlink()
+        words = "is gone, and .* too: .* delete its journal"
+    else:
+        os.truncate(waiting, 100)
+        words = "has 100 bytes instead of .* not whole"
+    before = listing(out)
+    with pytest.raises((SinkError, PlanError), match=words):
+        run()
+    assert listing(out).keys() <= before.keys() | {path.removesuffix(".part") for path in before}
+    assert journal_of(out)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 def test_killed_while_failed_layers_are_kept(tmp_path: Path) -> None:
     tensors = small_tensors()
     tensors["blocks.0.up.weight"][3, 4] = float("nan")
