@@ -26,7 +26,7 @@ from .receipt_json import read_receipt, receipt_dict
 
 SUFFIX = ".journal.jsonl"
 _VERSION = 1
-_MOST_BYTES = 4 << 30
+_MOST_BYTES = 1 << 30
 """A larger file is no journal."""
 
 

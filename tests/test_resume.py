@@ -13,6 +13,7 @@ import pytest
 import torch
 from checkpoints import FORMATS, LINEAR, TENSORS, Ran, listing, write_file, write_folder
 
+import quantloom
 from quantloom import Pipeline
 from quantloom.flow import commit, execute, graph, parts, run_journal, session, sink
 from quantloom.flow.cli import main
@@ -568,3 +569,53 @@ def test_killed_while_failed_layers_are_kept(tmp_path: Path) -> None:
         steps += 1
     assert listing(out.parent) == listing(tmp_path / "wanted")
     assert steps >= 7
+
+
+# -- rounding with statistics ------------------------------------------------------------------------------------------
+
+
+class Two(torch.nn.Module):
+    """Layers that share an input, whose rounding is solved in one, and one that does not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.q, self.k, self.v = (torch.nn.Linear(64, 64, bias=False) for _ in range(3))
+        self.o = torch.nn.Linear(64, 64, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.o(self.q(x) + self.k(x) + self.v(x))  # type: ignore[no-any-return]
+
+
+def test_layers_that_are_solved_in_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them are finished, or none; and statistics that changed meanwhile are another conversion."""
+    model, store = Two(), tmp_path / "stats.zarr"
+    inputs = torch.randn(4, 128, 64, generator=torch.Generator().manual_seed(5))
+    quantloom.calibrate(model, list(inputs), store)
+    source = write_file(tmp_path / "in" / "in.safetensors", dict(model.state_dict()))
+
+    def run(output: Path, **how: Any) -> Any:
+        flow = Pipeline(scheduler="sync", **how).read(source)
+        options = {"rounding": "calibrated", "statistics": str(store)}
+        return flow.quantize("fp8", scaling="row", **options).write(output)
+
+    run(tmp_path / "wanted.safetensors")
+    out = tmp_path / "out" / "wanted.safetensors"
+    stop(lambda: run(out), monkeypatch, 1)
+    journal = journal_of(out.parent)
+    lines = journal.read_bytes().splitlines(keepends=True)
+    assert len(lines) == 4
+    saved = out.parent.rename(tmp_path / "saved")
+    for lost in range(1, 4):
+        shutil.copytree(saved, out.parent)
+        journal.write_bytes(b"".join(line for number, line in enumerate(lines) if number != lost))
+        report = run(out)
+        assert report.nbytes_resumed == 0
+        assert listing(out.parent) == {"wanted.safetensors": listing(tmp_path)["wanted.safetensors"]}
+        shutil.rmtree(out.parent)
+    shutil.copytree(saved, out.parent)
+    shutil.rmtree(store)
+    quantloom.calibrate(model, list(inputs + 0.5), store)
+    with pytest.raises(PlanError, match=r"quantize statistics '.*' -> "):
+        run(out)
+    assert listing(out.parent) == listing(saved)
