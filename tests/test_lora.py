@@ -645,7 +645,8 @@ def test_a_failure_of_the_second_file_brings_back_the_first(
     pipeline = Pipeline().read(checkpoint).target(preset="none").quantize("fp8").lora(rank=8)
     with pytest.raises(QuantloomError):
         pipeline.write(output, overwrite=True)
-    assert listing(tmp_path) == before
+    assert before.items() <= listing(tmp_path).items()
+    assert all(path.endswith((".part", ".journal.jsonl")) for path in listing(tmp_path).keys() - before.keys())
     monkeypatch.setattr(commit, "replace", real)
     pipeline.write(output, overwrite=True)
     assert listing(tmp_path) != before
