@@ -16,6 +16,12 @@ from ..formats.urls import is_url
 from ..stages.writing import PART_SUFFIX
 
 PREVIOUS_SUFFIX = ".previous"
+
+
+class HalfwayError(SinkError):
+    """Some files of an output have their names, others do not, and the system lets nobody change that now."""
+
+
 _log = logging.getLogger(__name__)
 
 
@@ -90,7 +96,10 @@ def check_unchanged(source: Source) -> None:
 
 
 def exchange(paths: list[Path], stale: list[Path]) -> None:
-    """Gives all parts their names in order and removes ``stale``; or puts back what was there, when one fails."""
+    """Gives all parts their names in order and removes ``stale``; or puts back what was there, when one fails.
+
+    HalfwayError when that fails, too.
+    """
     if len(paths) == 1 and not stale:
         replace(part(paths[0]), paths[0])  # takes the place of an old file without a moment between
         return
@@ -106,17 +115,23 @@ def exchange(paths: list[Path], stale: list[Path]) -> None:
         for path in paths:
             replace(part(path), path)
             placed.append(path)
-    except BaseException:
-        for path in placed:
-            with contextlib.suppress(SinkError):
-                replace(path, part(path))
-        for path in moved:
-            with contextlib.suppress(SinkError):
-                replace(previous(path), path)
+    except BaseException as error:
+        back = [(path, part(path)) for path in placed] + [(previous(path), path) for path in moved]
+        if stuck := [at for at, to in back if not _moved(at, to)]:
+            raise HalfwayError(f"{stuck[0]}: cannot be put back after: {error}") from error
         raise
     for path in moved:
         with contextlib.suppress(OSError):
             previous(path).unlink()
+
+
+def _moved(at: Path, to: Path) -> bool:
+    try:
+        replace(at, to)
+    except SinkError as error:
+        _log.debug("%s", error)
+        return False
+    return True
 
 
 def finish_exchange(paths: Sequence[Path], stale: Sequence[Path], overwrite: bool) -> None:
@@ -130,6 +145,9 @@ def finish_exchange(paths: Sequence[Path], stale: Sequence[Path], overwrite: boo
                 raise SinkError(f"{path}: appeared after the conversion; move it away, or pass --overwrite")
             replace(part(path), path)
         elif not os.path.lexists(path):
-            raise SinkError(f"{path}: is gone, and {part(path).name} too: the output of the earlier run is not whole")
+            raise SinkError(
+                f"{path}: is gone, and {part(path).name} too: the output of the earlier run is not whole; delete its "
+                "journal to start over"
+            )
     for path in stale:
         path.unlink()

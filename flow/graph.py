@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from operator import itemgetter
 from typing import Any
 
@@ -24,6 +25,9 @@ BATCH_BYTES = 64 << 20
 """Layers are put together into tasks of at least this many source bytes ..."""
 BATCH_LAYERS = 256
 """... but of no more layers than this: what Dask does within a fused task grows with the square of its nodes."""
+
+_submissions = count()
+"""A scheduler gives back what it has under a key: those of another try, or of another run, must not be equal."""
 
 Key = tuple[str, ...]
 Graph = dict[Key, GraphNode]
@@ -145,14 +149,11 @@ def batches(layers: Sequence[LayerPlan]) -> Iterator[list[LayerPlan]]:
 
 
 def submission(
-    chosen: Iterable[list[LayerPlan]], environment: Environment, name: str = "batch"
+    chosen: Iterable[list[LayerPlan]], environment: Environment
 ) -> tuple[Graph, LayersOf]:
-    """The fused graph of these batches, biggest layers first, and the keys to ask for with the layers of each. Keys
-    begin with run and ``name``; the result of each is a list of receipts, or a Failure.
-
-    The chains of a batch, joined by a node that gathers their receipts, are fused into one task, so that what flows
-    along an edge stays inside one worker's thread.
-    """
+    """The fused graph of these batches, biggest layers first, and the keys to ask for with the layers of each; the
+    result of each is a list of receipts, or a Failure. A batch's chains, joined by a node that gathers their receipts,
+    are fused into one task, so that what flows along an edge stays inside one worker's thread."""
     graph: Graph = {}
     layers_of: LayersOf = {}
     made = list(chosen)
@@ -160,16 +161,17 @@ def submission(
     waiting = any(_shared_scale(batch[0]) for batch in made)
     for number, batch in enumerate(made):
         nodes = stage_graph(batch, environment)
-        prefix = (environment.run_id, name, f"{number if waiting else len(made) - number:07d}")
+        key: Key = ("batch", f"{number if waiting else len(made) - number:07d}")
         if batch[0].parts:
-            layers_of |= dict.fromkeys(_fuse_parts(batch[0], nodes, graph, prefix), batch)
+            layers_of |= dict.fromkeys(_fuse_parts(batch[0], nodes, graph, key), batch)
             continue
-        key = prefix
         wanted = [end for plan in batch for end in receipt_keys(plan)]
         gather = Task(key, gather_receipts, List(*(TaskRef(end) for end in wanted)))
         graph[key] = Task.fuse(*nodes.values(), gather, key=key)
         layers_of[key] = batch
-    return {key: _guarded(task) for key, task in graph.items()}, layers_of
+    run = environment.run_id, str(next(_submissions))
+    named: Graph = {(*run, *key): _guarded(key, task, run) for key, task in graph.items()}
+    return named, {(*run, *key): batch for key, batch in layers_of.items()}
 
 
 def _fuse_parts(plan: LayerPlan, nodes: Graph, graph: Graph, prefix: Key) -> list[Key]:
@@ -192,13 +194,10 @@ def _fuse_parts(plan: LayerPlan, nodes: Graph, graph: Graph, prefix: Key) -> lis
     return keys
 
 
-def _guarded(task: GraphNode) -> Task:
-    """The task with failures as values: others go on, and the driver decides."""
-    needs = sorted(task.dependencies, key=str)
-    return Task(task.key, Guarded(task, tuple(needs)), *map(TaskRef, needs))
-
-
-# What the nodes call. They run in workers.
+def _guarded(key: Key, task: GraphNode, run: Key) -> Task:
+    """The task, named after its run, with failures as values: others go on, and the driver decides."""
+    needs: list[Any] = sorted(task.dependencies, key=str)
+    return Task((*run, *key), Guarded(task, tuple(needs)), *(TaskRef((*run, *need)) for need in needs))
 
 
 @dataclass(frozen=True)
@@ -207,6 +206,7 @@ class Guarded:
 
     task: GraphNode
     needs: tuple[Key, ...]
+    """Keys within the task."""
 
     def __call__(self, *values: Any) -> Any:
         if failure := next((value for value in values if isinstance(value, Failure)), None):
@@ -254,8 +254,8 @@ def make_receipt(work: Work) -> Receipt:
     share = (work.rows[1] - work.rows[0]) / max(1, plan.rows)
     return Receipt(
         plan.layer.name, plan.format, round(plan.layer.nbytes * share), round(plan.nbytes_out * share),
-        time.perf_counter() - work.started, work.squared_error, work.squared_weight, work.rows, work.quality, work.gain,
-        work.pieces,
+        time.perf_counter() - work.started, work.squared_error, work.squared_weight, work.rows,
+        work.quality, work.gain, work.pieces,
     )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from ..formats.objects import objects_at
 from ..formats.places import Place
 from ..formats.shards import SUFFIX, index_file, is_single_file, is_store, stem_of
+from .commit import PREVIOUS_SUFFIX
 from .plan import Plan
 from .run_journal import SUFFIX as JOURNAL_SUFFIX
 from .run_journal import FileLog, Log
@@ -48,7 +49,7 @@ def stale_files(plan: Plan) -> list[Path]:
         return []
     stem = stem_in(plan)
     index = folder / f"{stem}{SUFFIX}.index.json"
-    found = {index.name, *_shards_of(index)}
+    found = {index.name, *_shards_of(index), *_shards_of(index.with_name(index.name + PREVIOUS_SUFFIX))}
     if not single:
         pattern = re.compile(re.escape(stem) + r"(-\d{5}-of-\d{5})?" + re.escape(SUFFIX))
         found |= {path.name for path in folder.iterdir() if pattern.fullmatch(path.name)}

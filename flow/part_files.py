@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import stat
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 from ..formats.errors import CheckpointError
-from ..formats.fileio import Writer, create_sparse, sync_dir, sync_file
+from ..formats.fileio import Reader, Writer, create_sparse, sync_dir, sync_file
 from ..formats.places import Place
 from ..formats.shards import Shard
 from ..stages.work import Receipt
@@ -32,23 +32,47 @@ def create_parts(plan: Plan) -> None:
     _sync_folders(plan)
 
 
-def mend_parts(plan: Plan) -> dict[str, str]:
-    """Creates those parts of an earlier run anew that are not of their size any more: by final path, what was wrong."""
+def wrong_parts(plan: Plan, receipts: Sequence[Receipt]) -> dict[str, str]:
+    """Parts of an earlier run that are not its own any more: by final path, what is wrong. Changes nothing."""
     wrong = {}
     for shard in shards_of(plan):
         path = part(Path(shard.path))
         try:
-            size = path.lstat().st_size
+            status = path.lstat()
         except FileNotFoundError:
             wrong[shard.path] = f"{path} is missing"
-        else:
-            if size == shard.size and stat.S_ISREG(path.lstat().st_mode):
-                continue
-            wrong[shard.path] = f"{path} has {size} bytes instead of {shard.size}"
-        create_sparse(path, shard.size, shard.head)
-    _fill(plan, {str(Path(path).absolute()) for path in wrong})
-    _sync_folders(plan)
+            continue
+        if not stat.S_ISREG(status.st_mode):
+            wrong[shard.path] = f"{path} is no regular file"
+        elif status.st_size != shard.size:
+            wrong[shard.path] = f"{path} has {status.st_size} bytes instead of {shard.size}"
+        elif (head := _start(path, len(shard.head))) != shard.head and head != _finished_head(plan, shard, receipts):
+            wrong[shard.path] = f"{path} does not begin with the header that this conversion writes"
     return wrong
+
+
+def mend_parts(plan: Plan, wrong: Collection[str]) -> None:
+    """Creates the parts of these final paths anew, and writes what is known already into all of them: those that hold
+    no finished layer were never synced."""
+    for shard in shards_of(plan):
+        if shard.path in wrong:
+            create_sparse(part(Path(shard.path)), shard.size, shard.head)
+    _fill(plan, {str(Path(shard.path).absolute()) for shard in shards_of(plan)})
+    _sync_folders(plan)
+
+
+def _start(path: Path, length: int) -> bytes:
+    found = bytearray(length)
+    with Reader(path) as reader:
+        reader.read_into(memoryview(found), 0)
+    return bytes(found)
+
+
+def _finished_head(plan: Plan, shard: Shard, receipts: Sequence[Receipt]) -> bytes:
+    """An adapter's header has its errors once every layer is done; other headers never change."""
+    if plan.adapter is None or shard is not plan.adapter.shard:
+        return shard.head
+    return plan.adapter.head({receipt.name: receipt.gain for receipt in receipts if receipt.gain is not None})
 
 
 def remove_parts(plan: Plan) -> None:

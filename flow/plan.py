@@ -229,6 +229,8 @@ def _refuse_shared_names(layers: Sequence[Layer]) -> None:
 def _complete(recipe: Recipe) -> tuple[Stage, ...]:
     """The stages, with targeting by its defaults where the recipe does not say how; UsageError for too few or many."""
     verbs = {stage.verb for stage in recipe.stages}
+    if recipe.run.on_error == "keep" and recipe.stages and not verbs & {"quantize", "quantized_as"}:
+        raise UsageError("on_error keep leaves layers unquantized, and nothing is quantized here: use stop")
     if alone := next((stage.verb for stage in recipe.stages if getattr(stage, "alone", False)), None):
         if others := ", ".join(sorted(verbs - {alone})):
             raise UsageError(f"{alone} stands alone: leave {others} out, or run it on the result of the other")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Generator, Iterable, Sequence
-from typing import Protocol
 
 from ..formats.errors import PlanError, SinkError, UsageError, is_transient
 from ..stages.cancelling import Cancelled
@@ -23,14 +22,10 @@ RETRIES = 2
 PAUSE = 1.0
 """Seconds before it is; then four times as long."""
 
+Build = Callable[[Iterable[list[LayerPlan]]], tuple[Graph, LayersOf]]
+"""Makes a graph from batches of layers, whose keys no other graph has."""
 Schedule = Callable[[Graph, LayersOf], Results]
 """Runs a graph."""
-
-
-class Build(Protocol):
-    """Makes a graph from batches of layers; its keys begin with ``name``."""
-
-    def __call__(self, chosen: Iterable[list[LayerPlan]], *, name: str) -> tuple[Graph, LayersOf]: ...
 
 
 def run_layers(
@@ -43,7 +38,7 @@ def run_layers(
     for attempt in range(RETRIES + 1):
         last = attempt == RETRIES
         again: dict[str, list[LayerPlan]] = {}
-        graph, layers_of = build(waiting, name=f"batch {attempt}")
+        graph, layers_of = build(waiting)
         for key, found in schedule(graph, layers_of):
             if not isinstance(found, Failure):
                 yield found

@@ -214,7 +214,8 @@ def make_report(session: Session, seconds: float, distributed: bool = False) -> 
         joined.setdefault(receipt.name, []).append(receipt)
     layers = []
     for layer in plan.quantized:
-        parts = joined[layer.layer.name]
+        if (parts := joined.get(layer.layer.name)) is None:  # its line in the journal of an earlier run was damaged
+            continue
         whole = Receipt(
             layer.layer.name, layer.format, layer.layer.nbytes, layer.nbytes_out, sum(part.seconds for part in parts),
             sum(part.squared_error for part in parts), sum(part.squared_weight for part in parts),

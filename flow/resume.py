@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -34,7 +33,14 @@ def earlier_run(plan: Plan, log: Log) -> Record | None:
         if mode == "require":
             raise PlanError(f"{plan.output.path}: there is nothing to continue: {log.place} is not there")
         return None
-    if different := differences(record.head, head_of(plan)):
+    different = differences(record.head, head_of(plan))
+    if different and record.committing is not None:
+        raise PlanError(
+            f"{log.place}: a run that was stopped while its files got their names is of another conversion: "
+            f"{listed(different, 4, '; ')}. Convert as that run did to finish it, or rename its *.part files yourself, "
+            "each to its name without .part, and delete the journal"
+        )
+    if different:
         finished = count(len({receipt.name for receipt in record.receipts}), "finished layer")
         raise PlanError(
             f"{log.place}: a run that was stopped left {finished} here, but of another conversion: "
@@ -132,7 +138,7 @@ def _changed_stages(before: Any, now: Sequence[Mapping[str, Any]]) -> list[str]:
 def finished(plan: Plan, receipts: Iterable[Receipt], gone: Iterable[str]) -> list[Receipt]:
     """Receipts of layers that are finished: all of their bytes, and of those that are solved in one with them, lie in
     files that are there. ``gone``: final paths of files that are not."""
-    missing = {os.path.abspath(path) for path in gone}
+    missing = {str(Path(path).absolute()) for path in gone}  # as slots have them
     by_layer: dict[str, dict[tuple[int, int], Receipt]] = defaultdict(dict)
     for receipt in receipts:
         by_layer[receipt.name][receipt.rows] = receipt

@@ -26,7 +26,7 @@ from .receipt_json import read_receipt, receipt_dict
 
 SUFFIX = ".journal.jsonl"
 _VERSION = 1
-_MOST_BYTES = 4 << 30
+_MOST_BYTES = 1 << 30
 """A larger file is no journal."""
 
 
@@ -146,6 +146,11 @@ def committing_line(kept: Mapping[str, str]) -> bytes:
     return lines_of([{"commit": dict(kept)}])
 
 
+def again_line(names: Iterable[str]) -> bytes:
+    """What was said of these layers before does not count any more: they are about to be written again."""
+    return lines_of([{"again": list(names)}])
+
+
 def undone_line() -> bytes:
     """The commit failed, and every file is a part again."""
     return lines_of([{"commit": None}])
@@ -158,7 +163,7 @@ def read_record(log: Log) -> Record | None:
     """
     raw = log.read()
     values = [_value(line) for line in raw.splitlines() if line]
-    if not any(value is not None for value in values) and raw.count(b"\n") <= 1 and len(raw) < 1 << 20:
+    if not any(value is not None for value in values) and len(values) <= 1 and len(raw) < 1 << 20:
         return None
     head = values[0]
     if head is None or "journal" not in head:
@@ -166,12 +171,17 @@ def read_record(log: Log) -> Record | None:
     if head["journal"] != _VERSION:
         theirs = f"a journal of version {shown(head['journal'])}, {_VERSION} is read here"
         raise CheckpointError(f"{log.place}: {theirs}; {GIVE_UP}")
-    record, receipts = Record(head), {}
+    record = Record(head)
+    receipts: dict[tuple[str, tuple[int, int]], Receipt] = {}
     for value in values[1:]:
         try:
             if value is not None and "commit" in value:
                 kept = value["commit"]
                 record.committing = None if kept is None else {str(name): str(why) for name, why in kept.items()}
+                continue
+            if value is not None and "again" in value:
+                gone = set(value["again"])
+                receipts = {key: receipt for key, receipt in receipts.items() if key[0] not in gone}
                 continue
             receipt = read_receipt(value["done"] if value is not None else {})
             receipts[receipt.name, receipt.rows] = receipt

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..formats import fileio
-from ..formats.errors import PlanError
+from ..formats.errors import SinkError, listed
 from ..formats.tensors import TensorRef
 from ..stages.reading import Copy
 from ..stages.work import LayerPlan
@@ -39,15 +39,19 @@ def put_back(plan: Plan) -> None:
 
 def lay_out_again(session: Session, failed: Mapping[str, str]) -> list[LayerPlan]:
     """The session's output with the ``failed`` layers (name: reason) kept as they are, and the layers that fill it:
-    copies of what is finished, and what is new. PlanError where that does not fit on the disk."""
+    copies of what is finished, and what is new. SinkError where no layer is left, or the disk is too small."""
     old = session.plan
     words = {name: f"failed: {reason}" for name, reason in failed.items()}
+    if failed.keys() >= {each.layer.name for each in old.quantized}:
+        reasons = listed([f"{name}: {reason}" for name, reason in failed.items()], 1)
+        raise SinkError(f"{old.output.path}: every layer failed; {reasons}")
     new = make_plan(old.recipe, replace(old.settled, kept={**old.settled.kept, **words}))
     free = fileio.free_bytes(folder_of(old))
     if new.nbytes_out > free:
-        raise PlanError(
+        raise SinkError(
             f"{old.output.path}: keeping {count(len(failed), 'layer')} that failed means to lay the output out again, "
-            f"which needs {show_size(new.nbytes_out)} beside what is there; {show_size(free)} are free"
+            f"which needs {show_size(new.nbytes_out)} beside what is there; {show_size(free)} are free: "
+            "free space and run again"
         )
     session.close()
     for shard in shards_of(old):

@@ -11,8 +11,8 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 
-from ..formats.errors import QuantloomError
 from ..stages.work import Receipt
+from .graph import Failure
 from .plan import Plan
 from .run_journal import Log, finished_lines
 
@@ -38,7 +38,7 @@ class Session:
         self.laid_out_again = False
         """Whether files of ``plan`` take the place of those of ``first_plan``."""
         self.committing = False
-        """Whether an earlier run was killed while files got their names: nothing else is left to do."""
+        """Whether the journal says that files get their names: nothing else is left to do, or to be undone."""
         self.receipts: list[Receipt] = list(done)
         self.resumed = tuple(done)
         """What an earlier run had finished."""
@@ -52,7 +52,7 @@ class Session:
         self._pending: list[Receipt] = []
         self._lock = threading.Lock()
         self._ended = threading.Event()
-        self._error: QuantloomError | None = None
+        self._failure: Failure | None = None
         self._thread = threading.Thread(target=self._keep, name="quantloom-journal", daemon=True)
         self._thread.start()
 
@@ -62,9 +62,9 @@ class Session:
         new = self.add_new(receipts)
         with self._lock:
             self._pending += new
-            error = self._error
-        if error is not None:
-            raise error
+            failure = self._failure
+        if failure is not None:
+            raise failure.error
         return new
 
     def add_new(self, receipts: Iterable[Receipt]) -> list[Receipt]:
@@ -84,11 +84,11 @@ class Session:
         self._settled = frozenset(names)
 
     def close(self) -> None:
-        """Journals what is pending, and ends. Raises QuantloomError when a file cannot be synced."""
+        """Journals what is pending, and ends. Raises SinkError when a file cannot be synced."""
         self._ended.set()
         self._thread.join()
-        if self._error is not None:
-            raise self._error
+        if self._failure is not None:
+            raise self._failure.error
         self._commit()
 
     def _keep(self) -> None:
@@ -97,9 +97,9 @@ class Session:
             began = time.perf_counter()
             try:
                 self._commit()
-            except QuantloomError as error:
+            except Exception as error:  # raised in the thread that works
                 with self._lock:
-                    self._error = error
+                    self._failure = Failure(error)
                 return
             pause = max(INTERVAL, SHARE * (time.perf_counter() - began))
 

@@ -16,18 +16,27 @@ from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
 
-from ..formats.errors import CheckpointError, NonFiniteError, PlanError, QuantloomError, SinkError, UsageError
+from ..formats.errors import CheckpointError, NonFiniteError, PlanError, QuantloomError, SinkError, UsageError, listed
 from ..formats.fileio import Writer, sync_dir, sync_file
 from ..formats.shards import index_file, is_store
 from ..stages.writing import PART_SUFFIX
 from . import zarr_sink
 from .checksums import finished_heads
-from .commit import PREVIOUS_SUFFIX, check_unchanged, exchange, finish_exchange, hold, part
+from .commit import PREVIOUS_SUFFIX, HalfwayError, check_unchanged, exchange, finish_exchange, hold, part
 from .output_files import final_paths, folders_of, leftovers, locks_of, log_of, sidecars_of, stale_files
-from .part_files import PartSync, create_parts, mend_parts, remove_parts, sidecar_content, write_part
+from .part_files import (
+    PartSync,
+    create_parts,
+    mend_parts,
+    remove_parts,
+    shards_of,
+    sidecar_content,
+    write_part,
+    wrong_parts,
+)
 from .plan import Plan, make_plan
-from .resume import damaged, earlier_run, finished
-from .run_journal import Record, committing_line, head_of, lines_of, undone_line
+from .resume import damaged, earlier_run, finished, left_over
+from .run_journal import GIVE_UP, Record, again_line, committing_line, head_of, lines_of, undone_line
 from .salvage import BEFORE_SUFFIX, put_back
 from .session import Session
 from .sizes import count
@@ -72,6 +81,8 @@ def _begin(plan: Plan) -> Session:
         return _continue(plan, record)
     log.remove()
     try:
+        for path in leftovers(plan, BEFORE_SUFFIX):  # of another run: a later one must not take them for its own
+            _remove(path)
         create_parts(plan)
         log.append(lines_of([head_of(plan)]))
     except BaseException:
@@ -82,25 +93,36 @@ def _begin(plan: Plan) -> Session:
     return Session(plan, log, PartSync(plan))
 
 
+def _remove(path: Path) -> None:
+    try:
+        path.unlink()
+    except OSError as error:
+        raise SinkError(f"{path}: left by an earlier run, cannot be removed: {error.strerror or error}") from error
+
+
 def _continue(plan: Plan, record: Record) -> Session:
     log = log_of(plan)
     if record.committing is not None:
         kept = {**plan.settled.kept, **record.committing}
         final = make_plan(plan.recipe, replace(plan.settled, kept=kept)) if record.committing else plan
         session = Session(final, log, PartSync(final), record.receipts)
-        session.committing = True
+        session.committing, session.failed = True, dict(record.committing)
+        session.notes.append("an earlier run is finished: it was stopped while its files got their names")
         return session
     notes = []
     if record.broken:
         notes.append(f"{log.place}: {count(record.broken, 'line')} cut short or damaged: those layers are done again")
     put_back(plan)
-    wrong = mend_parts(plan)
+    wrong = wrong_parts(plan, record.receipts)
     notes += [f"{what}: its layers are done again" for what in wrong.values()]
     done = finished(plan, record.receipts, wrong)
     if plan.recipe.run.verify and (bad := damaged(plan, done)):
         notes += [f"{problem}: done again" for problem in bad.values()]
         done = finished(plan, [receipt for receipt in done if receipt.name not in bad], ())
     names = {receipt.name for receipt in done}
+    if again := {receipt.name for receipt in record.receipts} - names:  # before anything is written over
+        log.append(again_line(sorted(again)))
+    mend_parts(plan, wrong)
     notes.insert(0, f"an earlier run is continued: {len(names)} of {count(len(plan.layers), 'tensor')} are finished")
     session = Session(plan, log, PartSync(plan), done)
     session.notes += notes
@@ -111,6 +133,9 @@ def _stop(session: Session, error: BaseException) -> None:
     """After an error or an interrupt: keeps what is finished, or removes all."""
     with contextlib.suppress(QuantloomError):
         session.close()
+    if session.committing:
+        error.add_note("all layers are finished, and their files get their names: run the same command again to finish")
+        return
     if session.laid_out_again:
         remove_parts(session.plan)
         put_back(session.first_plan)
@@ -170,19 +195,25 @@ def _commit(session: Session) -> None:
     plan = session.plan
     paths = final_paths(plan)
     if session.committing:
+        _check_sizes(plan)
         finish_exchange(paths, stale_files(plan), plan.output.overwrite)
     else:
+        _check_complete(session)
         _complete(session)
         for path in paths:
             sync_file(part(path))
         _check_sources(plan)
         if not plan.output.overwrite and (found := [path for path in paths if os.path.lexists(path)]):
             raise SinkError(f"{found[0]}: appeared while the conversion ran; move it away, or write somewhere else")
-        session.log.append(committing_line(session.failed))
+        session.committing = True  # already: a line whose sync fails may be there after all
         try:
+            session.log.append(committing_line(session.failed))
             exchange(paths, stale_files(plan))
+        except HalfwayError:
+            raise
         except BaseException:
             session.log.append(undone_line())
+            session.committing = False
             raise
     for folder in folders_of(plan):
         sync_dir(folder)
@@ -191,6 +222,24 @@ def _commit(session: Session) -> None:
             with contextlib.suppress(OSError):
                 path.unlink()
     session.log.remove()
+
+
+def _check_sizes(plan: Plan) -> None:
+    """SinkError for a file that was exchanged since an earlier run was killed while its files got their names."""
+    for shard in shards_of(plan):
+        path = Path(shard.path)
+        at = part(path) if os.path.lexists(part(path)) else path
+        if at.exists() and at.stat().st_size != shard.size:
+            found = f"has {at.stat().st_size} bytes instead of {shard.size}"
+            raise SinkError(f"{at}: {found}: the output of the earlier run is not whole; {GIVE_UP}")
+
+
+def _check_complete(session: Session) -> None:
+    """SinkError for layers of which not every byte was reported as written: no mistake elsewhere gets a final name."""
+    if lacking := left_over(session.plan, finished(session.plan, session.receipts, ())):
+        names = listed([layer.layer.name for layer in lacking])
+        number = count(len(lacking), "layer")
+        raise SinkError(f"{session.plan.output.path}: {number} not wholly written ({names}): run again")
 
 
 def _complete(session: Session) -> None:

@@ -209,7 +209,7 @@ def test_json_is_one_document_and_nothing_else(cli: Cli, checkpoint: Path, tmp_p
 def test_verbosity(cli: Cli, checkpoint: Path, tmp_path: Path) -> None:
     plain = cli("convert", checkpoint, tmp_path / "a.safetensors", "--format", "fp8")
     loud = cli("convert", checkpoint, tmp_path / "b.safetensors", "--format", "fp8", "-v")
-    assert "INFO quantloom.flow.execute: 1 tasks" in loud.err
+    assert "INFO quantloom.flow.execute: 15 layers, " in loud.err
     assert "INFO" not in plain.err
     assert cli("convert", checkpoint, tmp_path / "c.safetensors", "--format", "fp8", "-vv").status == 0
     again = cli("convert", checkpoint, tmp_path / "d.safetensors", "--format", "fp8")

@@ -309,8 +309,8 @@ def test_the_biggest_layers_come_first(name: str, tmp_path: Path, monkeypatch: p
     assert [wanted(key) for key in keys] == [-number for number in range(len(keys))]
     assert set(map(wanted, tasks)) == {-number for number in range(len(keys))}
     numbers = order(tasks)
-    single = [key for key in sorted(keys, key=numbers.__getitem__) if len(key) == 3]
-    assert single == [key for key in keys if len(key) == 3], "on threads, where Dask alone decides"
+    single = [key for key in sorted(keys, key=numbers.__getitem__) if len(key) == 4]
+    assert single == [key for key in keys if len(key) == 4], "on threads, where Dask alone decides"
 
 
 # -- processes ---------------------------------------------------------------------------------------------------------

@@ -63,7 +63,7 @@ def test_json(report: Report) -> None:
     value = json.loads(report.to_json())
     assert value == report.to_dict()
     words = "source output bytes_in bytes_out ratio seconds peak_memory_bytes layers changed kept notes warnings verify"
-    assert set(value) == {*words.split(), "distributed"}
+    assert set(value) == {*words.split(), "distributed", "resumed_bytes", "failed"}
     assert all(layer["error_sampled"] is True and layer["rounding"] == "mse" for layer in value["layers"])
     assert value["distributed"] is False
     layer = value["layers"][0]

@@ -711,7 +711,8 @@ main(sys.argv[1:])
 
 @pytest.mark.skipif(os.name == "nt", reason="signals of another kind")
 @pytest.mark.parametrize(("scheduler", "number"), [("threads", signal.SIGINT), ("sync", signal.SIGINT),
-                                                   ("threads", signal.SIGTERM)])  # fmt: skip
+                                                   ("threads", signal.SIGTERM),
+                                                   ("threads", signal.SIGHUP)])  # fmt: skip
 def test_ctrl_c(scheduler: str, number: int, sharded: Path, tmp_path: Path) -> None:
     before = listing(tmp_path)
     command = [sys.executable, "-c", _SLOW, "convert", str(sharded), str(tmp_path / "out"), "--format", "fp8",
@@ -735,6 +736,10 @@ def test_ctrl_c(scheduler: str, number: int, sharded: Path, tmp_path: Path) -> N
         kept = r"stopped: [1-9]\d* of 15 tensors are finished and kept beside .*/model.safetensors.journal.jsonl: "
         assert re.fullmatch(kept + "run the same command again to continue, or delete that file to start over", last)
     assert "Traceback" not in err
+    Pipeline().read(sharded).target().quantize("fp8").write(tmp_path / "wanted")
+    report = Pipeline().read(sharded).target().quantize("fp8").write(tmp_path / "out")
+    assert listing(tmp_path / "out") == listing(tmp_path / "wanted")
+    assert bool(report.nbytes_resumed) == bool(unfinished(left))
 
 
 # -- without positional calls ------------------------------------------------------------------------------------------
