@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import stat
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 from ..formats.errors import CheckpointError
@@ -27,25 +27,31 @@ def create_parts(plan: Plan) -> None:
     """Shards with their headers and all tensors whose bytes are known already."""
     for shard in shards_of(plan):
         create_sparse(part(Path(shard.path)), shard.size, shard.head)
-    _fill(plan, {str(Path(shard.path).absolute()) for shard in shards_of(plan)})
+    _fill(plan)
     _sync_folders(plan)
 
 
 def mend_parts(plan: Plan) -> dict[str, str]:
-    """Creates those parts of an earlier run anew that are not of their size any more: by final path, what was wrong."""
+    """Creates those parts of an earlier run anew that are not of their size any more: by final path, what was wrong.
+
+    What is known without any work is written to the others again: nothing says that it had reached the device before
+    the power went.
+    """
     wrong = {}
     for shard in shards_of(plan):
         path = part(Path(shard.path))
         try:
-            size = path.lstat().st_size
+            status = path.lstat()
         except FileNotFoundError:
             wrong[shard.path] = f"{path} is missing"
         else:
-            if size == shard.size and stat.S_ISREG(path.lstat().st_mode):
+            if status.st_size == shard.size and stat.S_ISREG(status.st_mode):
+                with Writer(path) as writer:
+                    writer.write(shard.head, 0)
                 continue
-            wrong[shard.path] = f"{path} has {size} bytes instead of {shard.size}"
+            wrong[shard.path] = f"{path} has {status.st_size} bytes instead of {shard.size}"
         create_sparse(path, shard.size, shard.head)
-    _fill(plan, {str(Path(path).absolute()) for path in wrong})
+    _fill(plan)
     _sync_folders(plan)
     return wrong
 
@@ -87,8 +93,8 @@ def sidecar_content(plan: Plan, path: Path) -> bytes:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
 
 
-def _fill(plan: Plan, paths: Collection[str]) -> None:
-    """Writes what is known already into the parts of these files (absolute final paths)."""
+def _fill(plan: Plan) -> None:
+    """Writes what is known already into the parts."""
     known: dict[str, list[tuple[int, bytes]]] = {}
     for layer in plan.layers:
         slots = {slot.name: slot for slot in layer.slots}
@@ -98,7 +104,7 @@ def _fill(plan: Plan, paths: Collection[str]) -> None:
             own = {slot.name: slot for slot in layer.adapter.slots}
             for spec, content in layer.adapter.tensors.constants:
                 known.setdefault(own[spec.name].path, []).append((own[spec.name].start, content))
-    for path in known.keys() & paths:  # one file at a time: there may be more shards than descriptors
+    for path in known:  # one file at a time: there may be more shards than descriptors
         with Writer(part(Path(path))) as writer:
             for start, content in known[path]:
                 writer.write(content, start)
