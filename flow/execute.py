@@ -88,6 +88,8 @@ def run_plan(plan: Plan, client: Client | str | None = None, progress: Progress 
 
 def _work(session: Session, job: Job, watcher: Progress) -> dict[str, BaseException]:
     """Every layer that is left; errors of those that failed for good."""
+    if session.committing:  # all data was there; layers that were kept because they failed are not in the journal
+        return {}
     keep = session.plan.recipe.run.on_error == "keep"
     with closing(job.run(left_over(session.plan, session.receipts), keep)) as running:
         while True:

@@ -14,6 +14,8 @@ import os
 import random
 import shutil
 import signal
+import socket
+import subprocess
 import sys
 import threading
 import time
@@ -21,9 +23,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from checkpoints import FORMATS, listing, make_tensors, write_file, write_folder
+import psutil
+from checkpoints import FORMATS, environment, listing, make_tensors, write_file, write_folder
 
 import quantloom
 
@@ -62,6 +65,9 @@ class Moment:
     """So many seconds after it began."""
     lines: int | None = None
     """When its journal has so many lines."""
+
+
+UNDISTURBED = Moment()
 
 
 @dataclass
@@ -177,12 +183,15 @@ class Disk:
 
 def _convert(arguments: list[str], case: Case, moment: Moment, words: str) -> None:
     """The command, in a process of its own; ``words``: a file for what it prints and the number of its calls."""
+    import dask
+
     from quantloom.flow import cli, graph, parts, recovery, session
     from quantloom.formats.errors import CheckpointError
     from quantloom.stages import writing
 
     session.INTERVAL, session.SHARE, recovery.PAUSE = 0.01, 0, 0.0
     graph.BATCH_BYTES, parts.PART_BYTES = 1, 40_000
+    dask.config.set({"distributed.worker.preload": [str(slow_preload(Path(words).parent))]})
     real = writing.Write.run
 
     def run(step: writing.Write, work: Any) -> Any:
@@ -211,9 +220,15 @@ def _convert(arguments: list[str], case: Case, moment: Moment, words: str) -> No
 def _forks() -> Any:
     forks = multiprocessing.get_context("forkserver")
     folders = [Path(quantloom.__file__).parent / name for name in ("formats", "stages", "flow")]
-    own = [f"quantloom.{path.parent.name}.{path.stem}" for folder in folders for path in sorted(folder.glob("[a-z]*.py"))]
+    modules = [path for folder in folders for path in sorted(folder.glob("[a-z]*.py"))]
+    own = [f"quantloom.{path.parent.name}.{path.stem}" for path in modules]
     forks.set_forkserver_preload(["torch", "pytest", "dask.threaded", "dask.local", "filelock", "rich.table", *own])
     return forks
+
+
+def kill(pid: int) -> None:
+    """SIGKILL."""
+    os.kill(pid, signal.SIGKILL)
 
 
 @dataclass(frozen=True)
@@ -241,7 +256,7 @@ class Bench:
             write_folder(old, small, shards=4) if case.sharded else write_file(old / "a.safetensors", small)
             self._run(old if case.sharded else old / "a.safetensors", self._before,
                       ("--format", "fp8", "--shard-size", "60KB") if case.sharded else ("--format", "fp8"))  # fmt: skip
-        whole = self._place("whole")
+        whole = self.place("whole")
         began = time.monotonic()
         ended = self.run(whole)
         self.seconds = time.monotonic() - began
@@ -249,22 +264,30 @@ class Bench:
         assert ended.status == 0, ended.words
         self.whole = listing(whole)
 
-    def _place(self, name: str) -> Path:
+    def place(self, name: str) -> Path:
+        """A folder to write to, with what lies there before."""
         return Path(shutil.copytree(self._before, self._folder / name))
 
-    def run(self, place: Path, moment: Moment = Moment()) -> Ended:  # noqa: B008
-        """One run that writes to ``place``."""
-        return self._run(self._source, place, self.case.options, moment)
+    def run(
+        self, place: Path, moment: Moment = UNDISTURBED, scheduler: str = "", strike: Callable[[int], None] = kill
+    ) -> Ended:
+        """One run that writes to ``place``; the scheduler is the case's, unless another one is given. ``strike`` does
+        what comes from outside at the moment, to the process of this number."""
+        chosen = ("--scheduler", scheduler) if scheduler else ()  # of the same option, the last one counts
+        return self._run(self._source, place, (*self.case.options, *chosen), moment, strike)
 
-    def _run(self, source: Path, place: Path, options: tuple[str, ...], moment: Moment = Moment()) -> Ended:  # noqa: B008
+    def _run(
+        self, source: Path, place: Path, options: tuple[str, ...], moment: Moment = UNDISTURBED,
+        strike: Callable[[int], None] = kill,
+    ) -> Ended:  # fmt: skip
         output = place / "out" if self.case.sharded else place / "out.safetensors"
-        arguments = ["convert", str(source), str(output), *options, "--quiet", "--scheduler",
-                     self.case.scheduler, "--workers", "2"]  # fmt: skip
+        arguments = ["convert", str(source), str(output), "--quiet", "--workers", "2"]
+        arguments += ["--scheduler", self.case.scheduler, *options]
         words = self._folder / "words.txt"
         words.unlink(missing_ok=True)
         process = _forks().Process(target=_convert, args=(arguments, self.case, moment, str(words)))
         process.start()
-        _strike(process, moment, place)
+        _await(process, moment, place, strike)
         process.join(60)
         if process.is_alive():
             process.kill()
@@ -277,7 +300,7 @@ class Bench:
     def trial(self, seed: int) -> Outcome:
         """A run that is killed one to three times and then ends; ``seed`` decides how."""
         chance, outcome = random.Random(seed), Outcome(self.case.name, seed)
-        place = self._place(f"trial-{seed}")
+        place = self.place(f"trial-{seed}")
         for _ in range(chance.choice((1, 1, 2, 3))):
             moment = self._moment(chance)
             ended = self.run(place, moment)
@@ -308,8 +331,8 @@ class Bench:
         if kind < 0.3:
             return Moment(lines=chance.randint(1, 15))
         late = max(0, self.calls - 25) if chance.random() < 0.4 else 0  # files get their names among the last calls
-        call = chance.randint(late, self.calls - 1)
-        return Moment(call=call, torn=chance.random() < 0.5, power=chance.random() < 0.5, seed=chance.randrange(1 << 30))
+        call, seed = chance.randint(late, self.calls - 1), chance.randrange(1 << 30)
+        return Moment(call=call, torn=chance.random() < 0.5, power=chance.random() < 0.5, seed=seed)
 
     def _phase(self, place: Path) -> str:
         journals = list(place.rglob("*.journal.jsonl"))
@@ -328,17 +351,88 @@ def _is_done(ended: Ended) -> bool:
     return ended.status != 0 and "exists already; pass --overwrite" in " ".join(ended.words.split())
 
 
-def _strike(process: Any, moment: Moment, place: Path) -> None:
-    """Kills from outside, by the clock or by the journal."""
+def _await(process: Any, moment: Moment, place: Path, strike: Callable[[int], None]) -> None:
+    """Strikes from outside, by the clock or by the journal."""
     if moment.delay is not None:
         process.join(moment.delay)
-        process.kill()
+        if process.is_alive():
+            strike(process.pid)
     while moment.lines is not None and process.is_alive():
         with contextlib.suppress(OSError):
             if any(path.read_bytes().count(b"\n") >= moment.lines for path in place.rglob("*.journal.jsonl")):
-                process.kill()
+                strike(process.pid)
                 return
         time.sleep(0.001)
+
+
+def workers_of(pid: int) -> list[int]:
+    """Processes of Dask workers that a process started, the oldest first."""
+    below = psutil.Process(pid).children(recursive=True)
+    return sorted(each.pid for each in below if "spawn_main" in " ".join(each.cmdline()))
+
+
+class ByHand:
+    """A Dask scheduler and workers, started as people do, whose workers are slow."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self._port = free.getsockname()[1]
+        self.address = f"tcp://127.0.0.1:{self._port}"
+        self.scheduler: subprocess.Popen[bytes] | None = None
+        self.nannies: list[subprocess.Popen[bytes]] = []
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        self.scheduler = self._start("scheduler", "--host", "127.0.0.1", "--port", str(self._port))
+        self.add_worker()
+        self.add_worker()
+
+    def add_worker(self) -> None:
+        slow = slow_preload(self._folder)
+        self.nannies.append(self._start("worker", self.address, "--nthreads", "1", "--preload", str(slow),
+                                        "--local-directory", str(self._folder)))  # fmt: skip
+
+    def _start(self, *words: str) -> subprocess.Popen[bytes]:
+        with (self._folder / "dask.txt").open("ab") as log:
+            return subprocess.Popen([sys.executable, "-m", "dask", *words, "--no-dashboard"], stdout=log, stderr=log,
+                                    env=environment())  # fmt: skip
+
+    def stop(self) -> None:
+        """Kills everything, workers before those who would start them again."""
+        processes = [each for each in (*self.nannies, self.scheduler) if each is not None]
+        below = [pid for each in processes if each.poll() is None for pid in workers_of(each.pid)]
+        for each in processes:
+            each.kill()
+            each.wait()
+        for pid in below:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.nannies, self.scheduler = [], None
+
+
+_SLOW = """
+import time
+from quantloom.stages import writing
+real = writing.Write.run
+def slow(self, work):
+    time.sleep(0.15)
+    return real(self, work)
+writing.Write.run = slow
+"""
+
+
+def slow_preload(folder: Path) -> Path:
+    """A file that makes the workers that load it take their time."""
+    path = folder / "slow.py"
+    path.write_text(_SLOW)
+    return path
 
 
 def trials(cases: list[Case], folder: Path, count: int, seed: int) -> Iterator[Outcome]:
