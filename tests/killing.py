@@ -19,7 +19,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -68,6 +68,8 @@ class Moment:
 
 
 UNDISTURBED = Moment()
+_MOST_SECONDS = 200
+"""A run that takes longer hangs."""
 
 
 @dataclass
@@ -288,7 +290,7 @@ class Bench:
         process = _forks().Process(target=_convert, args=(arguments, self.case, moment, str(words)))
         process.start()
         _await(process, moment, place, strike)
-        process.join(60)
+        process.join(_MOST_SECONDS)
         if process.is_alive():
             process.kill()
             process.join()
@@ -297,13 +299,13 @@ class Bench:
         calls = told.rpartition("calls ")[2].strip()
         return Ended(process.exitcode, told, int(calls) if calls.isdigit() else 0)
 
-    def trial(self, seed: int) -> Outcome:
-        """A run that is killed one to three times and then ends; ``seed`` decides how."""
+    def trial(self, seed: int, scheduler: str = "") -> Outcome:
+        """A run that is killed one to three times and then ends; ``seed`` decides how. ``scheduler``: of the first."""
         chance, outcome = random.Random(seed), Outcome(self.case.name, seed)
         place = self.place(f"trial-{seed}")
-        for _ in range(chance.choice((1, 1, 2, 3))):
-            moment = self._moment(chance)
-            ended = self.run(place, moment)
+        for number in range(chance.choice((1, 1, 2, 3))):
+            moment = self._moment(chance, self.calls if number == 0 else self.calls // 3)
+            ended = self.run(place, moment, scheduler if number == 0 else "")
             outcome.moments.append(moment)
             outcome.phases.append(self._phase(place) if ended.status == -9 else "ended before")
             if ended.status not in (0, -9) and not _is_done(ended):
@@ -324,14 +326,15 @@ class Bench:
             shutil.rmtree(place)
         return outcome
 
-    def _moment(self, chance: random.Random) -> Moment:
+    def _moment(self, chance: random.Random, calls: int) -> Moment:
+        """One of a run that makes about so many calls."""
         kind = chance.random()
         if kind < 0.15:
-            return Moment(delay=chance.uniform(0, self.seconds * 1.5))
-        if kind < 0.3:
-            return Moment(lines=chance.randint(1, 15))
-        late = max(0, self.calls - 25) if chance.random() < 0.4 else 0  # files get their names among the last calls
-        call, seed = chance.randint(late, self.calls - 1), chance.randrange(1 << 30)
+            return Moment(delay=chance.uniform(0, self.seconds))
+        if kind < 0.25:
+            return Moment(lines=chance.randint(1, 12))
+        first, last = chance.choice(((0, 10), (0, calls), (calls - 20, calls), (calls - 20, calls)))
+        call, seed = chance.randint(max(0, first), last), chance.randrange(1 << 30)
         return Moment(call=call, torn=chance.random() < 0.5, power=chance.random() < 0.5, seed=seed)
 
     def _phase(self, place: Path) -> str:
@@ -433,18 +436,6 @@ def slow_preload(folder: Path) -> Path:
     path = folder / "slow.py"
     path.write_text(_SLOW)
     return path
-
-
-def trials(cases: list[Case], folder: Path, count: int, seed: int) -> Iterator[Outcome]:
-    """``count`` trials, over all cases by turns."""
-    benches = [Bench(case, _made(folder / str(number))) for number, case in enumerate(cases)]
-    for number in range(count):
-        yield benches[number % len(benches)].trial(seed + number)
-
-
-def _made(folder: Path) -> Path:
-    folder.mkdir(parents=True)
-    return folder
 
 
 def shown(outcome: Outcome) -> str:
