@@ -10,7 +10,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from ..stages.lora import Lora
 from ..stages.quality import AdapterGain
 from ..stages.stage import Context
 from ..stages.work import LayerPlan
+from .checksums import Entries
 from .recipe import Output
 from .settled import Settled
 from .sizes import count, show_size
@@ -49,6 +50,8 @@ class AdapterFile:
     """What the header says beside errors."""
     ranks: Mapping[str, int]
     """By layer."""
+    checksums: Mapping[str, str] = field(default_factory=dict)
+    """Header entry with room for those of its tensors."""
 
     @property
     def files(self) -> list[Path]:
@@ -74,8 +77,9 @@ class AdapterFile:
         return ", ".join([first, *(f"{number} at rank {rank}" for rank, number in found[1:])])
 
     def head(self, gains: Mapping[str, AdapterGain]) -> bytes:
-        """The finished header. Raises nothing; layers without a gain keep their placeholders."""
-        head, _, _ = layout(self.shard.slots, metadata_of(self.about, self.ranks, gains))
+        """The header with what it brought, checksums still to be filled in. Raises nothing; layers without a gain keep
+        their placeholders."""
+        head, _, _ = layout(self.shard.slots, {**metadata_of(self.about, self.ranks, gains), **self.checksums})
         assert len(head) == len(self.shard.head)
         return head
 
@@ -124,9 +128,10 @@ def beside(lora: Lora, output: Output) -> str:
 
 
 def lay_out_adapter(
-    lora: Lora, layers: Sequence[LayerPlan], path: str, base: str
+    lora: Lora, layers: Sequence[LayerPlan], path: str, base: str, entries: Entries
 ) -> tuple[list[LayerPlan], AdapterFile | None]:
-    """Gives the tensors of all adapters a place; ``base`` is the digest of the model that they belong to.
+    """Gives the tensors of all adapters a place; ``base`` is the digest of the model that they belong to, ``entries``
+    makes the header's room for their checksums.
 
     PlanError for a path that cannot be one of the dialect.
     """
@@ -142,9 +147,11 @@ def lay_out_adapter(
     methods = sorted({plan.adapter.method for plan in layers if plan.adapter is not None})
     about = {"version": __version__, "base": base, "dialect": lora.dialect, "method": ", ".join(methods)}
     specs = [plan.adapter.specs for plan in layers if plan.adapter is not None]
-    shard = lay_out(specs, file, None, metadata_of(about, ranks, {}))[0]
+    own = entries([spec for group in specs for spec in group])
+    shard = lay_out(specs, file, None, lambda _: {**metadata_of(about, ranks, {}), **own})[0]
     slots = {slot.name: slot for slot in shard.slots}
-    return [_placed(plan, slots) for plan in layers], AdapterFile(path, lora.dialect, shard, config, about, ranks)
+    made = AdapterFile(path, lora.dialect, shard, config, about, ranks, own)
+    return [_placed(plan, slots) for plan in layers], made
 
 
 def _placed(plan: LayerPlan, slots: Mapping[str, Slot]) -> LayerPlan:

@@ -62,6 +62,7 @@ Examples:
 
 _VERIFY_EPILOG = """\b
 Examples:
+  quantloom verify flux-dev-mxfp8.safetensors
   quantloom verify flux-dev-mxfp8.safetensors --against flux-dev/
   quantloom verify llama-nvfp4/ --against llama/ --statistics stats.zarr
   quantloom verify llama-nvfp4/ --against llama/ --adapter llama-adapter/
@@ -138,10 +139,11 @@ def inspect(path: str, every_layer: bool, as_json: bool) -> int:
     return console.guarded(action)
 
 
-@cli.command(epilog=_VERIFY_EPILOG, short_help="Compare a converted checkpoint with its source.")
+@cli.command(epilog=_VERIFY_EPILOG, short_help="Check an output: by its checksums, and against its source.")
 @click.argument("output")
-@click.option("--against", required=True, multiple=True, metavar="SOURCE",
-              help="The checkpoint that OUTPUT was made from; once for each file of a list.")
+@click.option("--against", multiple=True, metavar="SOURCE",
+              help="The checkpoint that OUTPUT was made from: decode every weight and compare; once for each file of a "
+                   "list.")
 @click.option("--statistics", metavar="STORE",
               help="Also measure the output error of every layer, beside plain rounding; holds whole matrices.")
 @click.option("--adapter", metavar="PATH",
@@ -151,9 +153,12 @@ def inspect(path: str, every_layer: bool, as_json: bool) -> int:
 def verify(
     output: str, against: tuple[str, ...], statistics: str | None, adapter: str | None, most: int, as_json: bool
 ) -> int:
-    """Decode OUTPUT and compare it with its source, weight by weight. Exit status 1 when it is broken."""
+    """Check that every byte of OUTPUT is what was written, by the checksums that its files carry. With --against also
+    decode it and compare it with its source, weight by weight. Exit status 1 when it is broken."""
 
     def action() -> int:
+        if not against:
+            return _verify_checksums(output, statistics or adapter, as_json)
         from .verify import verify as check
 
         sources = against[0] if len(against) == 1 else list(against)
@@ -165,6 +170,22 @@ def verify(
         return 0 if result.ok else 1
 
     return console.guarded(action)
+
+
+def _verify_checksums(output: str, beside: str | None, as_json: bool) -> int:
+    from ..formats.errors import UsageError
+    from .progress import Reading
+    from .verify_checksums import verify_checksums
+
+    if beside is not None:
+        raise UsageError("--statistics and --adapter measure errors, which needs the source: name it with --against")
+    with Reading(console.stderr()) as progress:
+        found = verify_checksums(output, progress.advance)
+    if as_json:
+        console.print_json(found.to_dict())
+    else:
+        console.print_checksums(found)
+    return 0 if found.ok else 1
 
 
 @cli.command(short_help="List the roundings, and when to use which.")

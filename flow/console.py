@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .report import Report
     from .roundings import Rounding
     from .verify import Verification
+    from .verify_checksums import ChecksumCheck
 
 PIPE_WIDTH = 400
 """Columns of a table that goes into a file or another program."""
@@ -206,6 +207,8 @@ def print_verification(result: Verification, most: int) -> None:
         console.print(table)
     for problem in result.problems:
         console.print(f"[red]broken:[/] {_escape(problem)}", soft_wrap=True)
+    if result.note:
+        console.print(f"note: {_escape(result.note)}", soft_wrap=True)
     for name in result.unknown if result.layers else ():
         console.print(f"[yellow]warning:[/] {_escape(name)}: not in the source", soft_wrap=True)
     if off := [(layer.scalar_error, layer.name) for layer in result.layers if layer.scalar_error]:
@@ -215,8 +218,17 @@ def print_verification(result: Verification, most: int) -> None:
     for line in [*gains([layer.quality for layer in result.worst if layer.quality]), *gain_lines(beside)]:
         console.print(line, soft_wrap=True)
     verdict = "sound" if result.ok else f"BROKEN ({count(len(result.problems), 'problem')})"
-    layers = ", ".join(_tallies(result))
+    summed = sum(check.tensors for check in result.checksums)
+    layers = ", ".join([*_tallies(result), *([f"checksums of {count(summed, 'tensor')}"] if summed else [])])
     console.print(f"{_escape(result.output)}: {verdict}; {layers}", soft_wrap=True)
+
+
+def print_checksums(result: ChecksumCheck) -> None:
+    """What is not as it was written, and the verdict."""
+    console = stdout()
+    for finding in result.findings:
+        console.print(f"[red]broken:[/] {_escape(str(finding))}", soft_wrap=True)
+    console.print(_escape(str(result)), soft_wrap=True)
 
 
 def _tallies(result: Verification) -> list[str]:

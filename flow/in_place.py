@@ -19,10 +19,10 @@ from ..formats.errors import PlanError, SinkError, printable
 from ..formats.fileio import Reader, Writer, create_sparse, free_bytes, sync_file
 from ..formats.journal import ENDING, Change, Patch, UnfinishedEdit, carry_out, finish, new_name
 from ..formats.layers import PACKED, WEIGHT, group_layers
-from ..formats.refit import Rebuilt, patches, rebuilt
+from ..formats.refit import Rebuilt, index_patches, patches, rebuilt
 from ..formats.safetensors import Header, read_header
 from ..formats.shards import SUFFIX, stem_of
-from ..formats.source import Source, open_source
+from ..formats.source import Source, index_of, open_source, read_index
 from ..stages.edit import Edit
 from ..stages.marker_edits import MarkerEdits
 from ..stages.stage import Context
@@ -168,6 +168,7 @@ def _carry_out(jobs: list[Job], source: Source) -> None:
     sizes = {str(path.absolute()): size for path, size, _ in source.stamps}
     try:
         changes = [_change(header, job, sizes[header.path]) for header, job in jobs]
+        changes += _index_changes(source, jobs, changes)
         carry_out(folder / f"{stem_of(source.files)}{SUFFIX}{ENDING}", changes)
     except BaseException:
         if not (folder / f"{stem_of(source.files)}{SUFFIX}{ENDING}").exists():
@@ -184,6 +185,25 @@ def _change(header: Header, job: list[Patch] | Rebuilt, size: int) -> Change:
         return Change(name, size, job.size)
     grown = max([size, *(patch.start + len(patch.new) for patch in job)])
     return Change(name, size, grown, tuple(job))
+
+
+def _index_changes(source: Source, jobs: list[Job], changes: list[Change]) -> list[Change]:
+    """The index tells how many bytes all tensors have, and where each lies: markers grow, and new ones come."""
+    index = index_of(source.root)
+    if index is None or not set(read_index(index)["weight_map"]) & source.refs.keys():
+        return []
+    gained = 0
+    placed: dict[str, str] = {}
+    for (header, job), change in zip(jobs, changes, strict=True):
+        gained += change.new_size - change.old_size
+        if isinstance(job, Rebuilt):
+            gained -= len(job.head) - min([change.old_size, *(ref.start for ref in header.refs)])
+            name = Path(header.path).name
+            placed |= {tensor: name for tensor in job.names if tensor not in source.refs}
+    old = index.read_bytes()
+    found = index_patches(old, gained, placed)
+    size = max([len(old), *(patch.start + len(patch.new) for patch in found)])
+    return [Change(index.name, len(old), size, tuple(found))] if found else []
 
 
 def _write_anew(path: Path, job: Rebuilt) -> None:

@@ -12,11 +12,13 @@ from .. import __version__
 from ..formats.comfy import HEADER_KEY, header_entry
 from ..formats.errors import PlanError
 from ..formats.fileio import same_file
+from ..formats.manifest import KEY
 from ..formats.shards import Shard, lay_out, stem_of
 from ..formats.source import Source
 from ..stages.origin import ENTRY, Origin
 from ..stages.stage import Context
 from ..stages.work import LayerPlan
+from .checksums import checksum_entries
 from .parts import split_large
 from .recipe import Output, Recipe
 
@@ -28,12 +30,16 @@ def lay_out_model(
     output, source = recipe.output, context.source
     assert output is not None
     metadata = _metadata(recipe, source, layers, digest) if context.metadata is None else context.metadata
-    groups = [layer.outputs for layer in layers]
-    shards = lay_out(groups, output.path, output.shard_bytes, metadata, stem_of(source.files))
+    common = {key: value for key, value in metadata.items() if key != KEY}
+    layers = [split_large(layer) for layer in layers]
+    own = checksum_entries(layers, source.layout, digest)
+    shards = lay_out(
+        [layer.outputs for layer in layers], output.path, output.shard_bytes,
+        lambda specs: {**common, **own(specs)} if KEY in metadata else common, stem_of(source.files),
+    )  # fmt: skip
     _refuse_same_file(source, output, shards)
     slots = {slot.name: slot for shard in shards for slot in shard.slots}
-    placed = [replace(layer, slots=tuple(slots[spec.name] for spec in layer.outputs)) for layer in layers]
-    return [split_large(layer) for layer in placed], shards
+    return [replace(layer, slots=tuple(slots[spec.name] for spec in layer.outputs)) for layer in layers], shards
 
 
 def _refuse_same_file(source: Source, output: Output, shards: Sequence[Shard]) -> None:
@@ -68,4 +74,5 @@ def _metadata(recipe: Recipe, source: Source, layers: Sequence[LayerPlan], diges
     if needing := sum(layer.adapter is not None and layer.adapter.method == "svdquant" for layer in layers):
         made["needs_adapter"] = needing  # so many layers are wrong without it
     metadata[ENTRY] = json.dumps(made)
+    metadata[KEY] = ""  # of each file its own
     return metadata

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .execute import Progress
     from .plan import Plan
     from .report import Report
+    from .settled import Settled
 
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
@@ -185,15 +186,20 @@ class Flow:
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
+        self._continued: Settled | None = None
 
     @cached_property
     def plan(self) -> Plan:
-        """Everything that would happen, from headers alone, but for ranks that must be surveyed; raises what
-        ``make_plan`` raises."""
+        """Everything that would happen, from headers alone, but for ranks that must be surveyed, and what an earlier
+        run that can be continued had found; raises what ``make_plan`` raises."""
+        from .output_files import log_of
         from .plan import make_plan
+        from .resume import settled_before
         from .survey import settle_ranks
 
-        return settle_ranks(make_plan(self.recipe))
+        plan = make_plan(self.recipe)
+        self._continued = settled_before(plan, log_of(plan))
+        return settle_ranks(plan) if self._continued is None else make_plan(self.recipe, self._continued)
 
     def visualize(self, path: str | os.PathLike[str]) -> Path:
         """Draws the stage graph: equal chains once, with their number, into an .svg; every node into a .dot."""
@@ -206,7 +212,8 @@ class Flow:
         from .execute import run_plan
         from .nonfinite import settle_nonfinite
 
-        return run_plan(settle_nonfinite(self.plan), client, progress)
+        plan = self.plan
+        return run_plan(settle_nonfinite(plan) if self._continued is None else plan, client, progress)
 
     def __repr__(self) -> str:
         output = self.recipe.output.path if self.recipe.output else ""

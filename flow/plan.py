@@ -24,6 +24,7 @@ from ..stages.stage import Context, Stage, make_stage
 from ..stages.work import LayerPlan
 from .adapter import AdapterFile, adapter_of, beside, equipped, lay_out_adapter, refuse_place
 from .budget import Budget
+from .checksums import checksum_entries
 from .estimate import estimate_seconds
 from .model_files import lay_out_model
 from .recipe import Output, Recipe
@@ -181,7 +182,8 @@ def make_plan(recipe: Recipe, settled: Settled = NOTHING) -> Plan:
     if lora is not None:
         place = recipe.output.path if context.base is not None else beside(lora, recipe.output)
         base = digest if context.base is None else Origin.of(context.base).digest
-        layers, adapter = lay_out_adapter(lora, layers, place, base)
+        entries = checksum_entries(layers, source.layout, base)
+        layers, adapter = lay_out_adapter(lora, layers, place, base, entries)
     if adapter is not None:
         refuse_place(adapter, [source, *([context.base] if context.base else [])], recipe.output, shards)
     said = tuple(context.notes), tuple(context.warnings)

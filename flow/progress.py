@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from ..formats.errors import printable
 from .sizes import count, show_size
@@ -112,6 +112,32 @@ class Display:
             "memory": f"{short_size(self.process.memory_info().rss)} / {short_size(self.budget.limit)}",
             "layers": f"{self.layers}/{self.total_layers} layers",
         }
+
+
+class Reading:
+    """Share, bytes and rate of a long look at files, on one line of a terminal, otherwise now and then."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.began = self.said = time.perf_counter()
+        self.shown = False
+
+    def advance(self, done: int, total: int) -> None:
+        """Says how far it is, from the second second on."""
+        now = time.perf_counter()
+        if now - self.said < (1.0 if self.console.is_terminal else PLAIN_SECONDS):
+            return
+        self.said, self.shown = now, True
+        rate = done / (now - self.began) / 1e9
+        line = f"{done / max(1, total):4.0%}, {_amount(done, total)}, {rate:.2f} GB/s"
+        self.console.print(line, end="  \r" if self.console.is_terminal else "\n")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        if self.shown and self.console.is_terminal:
+            self.console.print(" " * 50, end="\r")
 
 
 def _amount(part: int, whole: int) -> str:

@@ -17,6 +17,7 @@ from ..stages.work import ADAPTER, Environment, LayerPlan, Receipt
 from .commit import part
 from .plan import Plan
 from .run_journal import GIVE_UP, Log, Record, head_of, read_record
+from .settled import Settled
 from .sizes import count
 from .threads import map_layers
 
@@ -47,6 +48,29 @@ def peek(plan: Plan, log: Log) -> Record | None:
     record = read_record(log)
     never = plan.recipe.run.resume == "never"
     return None if record is None or never or differences(record.head, head_of(plan)) else record
+
+
+def settled_before(plan: Plan, log: Log) -> Settled | None:
+    """What the run that is continued had found out about weights before it began: nothing is read again for it.
+
+    None where there is no such run; equal sources and recipes always find the same.
+    """
+    record = read_record(log)
+    if record is None or plan.recipe.run.resume == "never":
+        return None
+    now = head_of(plan)
+    head = {**record.head, **{name: now[name] for name in ("kept", "plan", "heads")}}
+    return None if differences(head, now) else _settled(record.head)
+
+
+def _settled(head: Mapping[str, Any]) -> Settled | None:
+    """None for what is not as ``head_of`` writes it."""
+    try:
+        kept = {str(name): str(why) for name, why in head["kept"].items()}
+        ranks = None if head["ranks"] is None else {str(name): int(rank) for name, rank in head["ranks"].items()}
+        return None if min((ranks or {"": 0}).values()) < 0 else Settled(kept, ranks, tuple(map(str, head["notes"])))
+    except (KeyError, AttributeError, TypeError, ValueError, OverflowError):
+        return None
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -65,7 +65,7 @@ class FileLog:
             if not stat.S_ISREG(status.st_mode) or status.st_size > _MOST_BYTES:
                 raise CheckpointError(f"{self.path}: stands where a journal belongs and is none: move it away")
             return self.path.read_bytes()
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return b""
         except OSError as error:
             raise CheckpointError(f"{self.path}: cannot read the journal: {error.strerror or error}") from error
@@ -124,6 +124,7 @@ def head_of(plan: Plan) -> dict[str, Any]:
         "journal": _VERSION, "version": __version__, "plan": plan.digest, "layout": plan.source.layout,
         "recipe": plan.recipe.identity(), "dialect": output.dialect, "shard_bytes": output.shard_bytes,
         "kept": dict(plan.settled.kept), "heads": heads,
+        "ranks": None if plan.settled.ranks is None else dict(plan.settled.ranks), "notes": list(plan.settled.notes),
         "source": [[str(path), size, mtime] for path, size, mtime in plan.source.stamps],
         "quantized": [] if plan.base is None else [[str(path), size, mtime] for path, size, mtime in plan.base.stamps],
     }  # fmt: skip

@@ -41,7 +41,6 @@ def lay_out_again(session: Session, failed: Mapping[str, str]) -> list[LayerPlan
     """The session's output with the ``failed`` layers (name: reason) kept as they are, and the layers that fill it:
     copies of what is finished, and what is new. PlanError where that does not fit on the disk."""
     old = session.plan
-    names = [each.layer.name for each in old.layers]
     words = {name: f"failed: {reason}" for name, reason in failed.items()}
     new = make_plan(old.recipe, replace(old.settled, kept={**old.settled.kept, **words}))
     free = fileio.free_bytes(folder_of(old))
@@ -55,14 +54,14 @@ def lay_out_again(session: Session, failed: Mapping[str, str]) -> list[LayerPlan
         fileio.replace(part(Path(shard.path)), shard.path + BEFORE_SUFFIX)
     session.plan, session.failed, session.laid_out_again = new, words, True
     create_parts(new)
-    before = dict(zip(names, old.layers, strict=True))
-    return [_moved(before[each.layer.name], each) if each.layer.name in before else each for each in new.layers]
+    before = {each.layer.name: each for each in old.layers}
+    same = {each.layer.name for each in new.layers if _written(each) == _written(before[each.layer.name])}
+    session.keep(same - failed.keys())
+    return [_moved(before[each.layer.name], each) if each.layer.name in same else each for each in new.layers]
 
 
 def _moved(old: LayerPlan, new: LayerPlan) -> LayerPlan:
-    """The new plan of a layer, with a chain that copies what was written by the old one, where both write the same."""
-    if _written(old) != _written(new):
-        return new
+    """The new plan of a layer, with a chain that copies what was written by the old one."""
     known = {spec.name for spec, _ in new.constants}
     refs = tuple(
         TensorRef(name, slot.dtype, slot.shape, slot.path + BEFORE_SUFFIX, slot.start)

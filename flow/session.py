@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 from ..formats.errors import QuantloomError
 from ..stages.work import Receipt
@@ -44,9 +44,10 @@ class Session:
         """What an earlier run had finished."""
         self.notes: list[str] = []
         """What was found of it, for people."""
-        self.journalled = len(self.resumed)
-        """Receipts in the journal."""
+        self.journalled = {receipt.name for receipt in done}
+        """Layers of which the journal tells."""
         self._counted = {(receipt.name, receipt.rows) for receipt in done}
+        self._settled: frozenset[str] = frozenset()
         self._sync = sync
         self._pending: list[Receipt] = []
         self._lock = threading.Lock()
@@ -68,10 +69,19 @@ class Session:
 
     def add_new(self, receipts: Iterable[Receipt]) -> list[Receipt]:
         """The same without journalling."""
-        new = [receipt for receipt in receipts if (receipt.name, receipt.rows) not in self._counted]
+        new = [
+            receipt for receipt in receipts
+            if (receipt.name, receipt.rows) not in self._counted and receipt.name not in self._settled
+        ]  # fmt: skip
         self._counted |= {(receipt.name, receipt.rows) for receipt in new}
         self.receipts += new
         return new
+
+    def keep(self, names: Collection[str]) -> None:
+        """Drops the receipts of all other layers: they are written anew. Those of these layers stay what they are."""
+        self.receipts = [receipt for receipt in self.receipts if receipt.name in names]
+        self._counted = {(receipt.name, receipt.rows) for receipt in self.receipts}
+        self._settled = frozenset(names)
 
     def close(self) -> None:
         """Journals what is pending, and ends. Raises QuantloomError when a file cannot be synced."""
@@ -99,5 +109,5 @@ class Session:
         if taken:
             self._sync(taken)
             self.log.append(finished_lines(taken))
-            self.journalled += len(taken)
+            self.journalled |= {receipt.name for receipt in taken}
             _log.debug("%s: %d receipts", self.log.place, len(taken))

@@ -20,6 +20,7 @@ from ..formats.errors import CheckpointError, NonFiniteError, PlanError, Quantlo
 from ..formats.fileio import Writer, sync_dir, sync_file
 from ..formats.shards import index_file
 from ..stages.writing import PART_SUFFIX
+from .checksums import finished_heads
 from .commit import PREVIOUS_SUFFIX, check_unchanged, exchange, finish_exchange, hold, part
 from .output_files import final_paths, folders_of, leftovers, locks_of, log_of, sidecars_of, stale_files
 from .part_files import PartSync, create_parts, mend_parts, remove_parts, sidecar_content, write_part
@@ -110,8 +111,8 @@ def _stop(session: Session, error: BaseException) -> None:
         put_back(session.first_plan)
     plan = session.first_plan
     if session.journalled and not isinstance(error, _REFUSALS) and _is_unchanged(plan):
-        names = {receipt.name for receipt in session.receipts[: session.journalled]}
-        kept = f"{len(names)} of {count(len(plan.layers), 'tensor')} are finished and kept beside {session.log.place}"
+        number = f"{len(session.journalled)} of {count(len(plan.layers), 'tensor')} are finished"
+        kept = f"{number} and kept beside {session.log.place}"
         error.add_note(f"{kept}: run the same command again to continue, or delete that file to start over")
         return
     remove_parts(plan)
@@ -149,16 +150,14 @@ def _make_folders(plan: Plan) -> list[Path]:
     return missing
 
 
-def _finish_adapter(session: Session) -> None:
-    """The adapter's header with errors before and after, and its configuration."""
-    adapter = session.plan.adapter
-    if adapter is None:
-        return
-    gains = {receipt.name: receipt.gain for receipt in session.receipts if receipt.gain is not None}
-    with Writer(part(Path(adapter.shard.path))) as writer:
-        writer.write(adapter.head(gains), 0)
-    if adapter.config is not None:
-        write_part(adapter.files[1], adapter.config)
+def _finish_heads(session: Session) -> None:
+    """Headers with checksums, the adapter's with errors before and after too, and its configuration."""
+    plan = session.plan
+    for path, head in finished_heads(plan, session.receipts):
+        with Writer(part(Path(path))) as writer:
+            writer.write(head, 0)
+    if plan.adapter is not None and plan.adapter.config is not None:
+        write_part(plan.adapter.files[1], plan.adapter.config)
 
 
 def _commit(session: Session) -> None:
@@ -190,9 +189,9 @@ def _commit(session: Session) -> None:
 
 
 def _complete(session: Session) -> None:
-    """What is known only now: the adapter's header; and small files."""
+    """What is known only now, and small files."""
     plan = session.plan
-    _finish_adapter(session)
+    _finish_heads(session)
     for source, target in sidecars_of(plan):
         write_part(target, sidecar_content(plan, source))
     if (index := index_file(plan.shards)) is not None:

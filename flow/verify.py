@@ -24,6 +24,7 @@ from .quality import finite, quality_dict
 from .sizes import count
 from .threads import map_layers
 from .verify_adapter import LayerAdapter, measure_adapter, read_adapter
+from .verify_checksums import ChecksumCheck, look
 from .verify_quality import measure, open_evidence
 from .verify_scalar import scalar_error, scalar_problem
 
@@ -62,13 +63,18 @@ class Verification:
     """Tensors of the source that the output lacks."""
     unknown: tuple[str, ...]
     """Tensors of the output that the source lacks."""
+    checksums: tuple[ChecksumCheck, ...] = ()
+    """Of the output and of its adapter, where they carry any."""
+    note: str = ""
+    """Where the output carries the digest of another source than this one."""
 
     @property
     def problems(self) -> list[str]:
         """Everything that makes the output broken."""
         if not self.layers and (self.missing or self.unknown):
             return ["no tensor name in common: is SOURCE the checkpoint that OUTPUT was made from?"]
-        broken = [f"{layer.name}: {layer.problem}" for layer in self.layers if layer.problem]
+        broken = [str(finding) for check in self.checksums for finding in check.findings]
+        broken += [f"{layer.name}: {layer.problem}" for layer in self.layers if layer.problem]
         return broken + [f"{name}: missing from the output" for name in self.missing]
 
     @property
@@ -96,7 +102,8 @@ class Verification:
         ]  # fmt: skip
         return {
             "output": self.output, "source": self.source, "ok": self.ok, "problems": self.problems, "layers": layers,
-            "missing": list(self.missing), "unknown": list(self.unknown),
+            "missing": list(self.missing), "unknown": list(self.unknown), "note": self.note,
+            "checksums": [check.to_dict() for check in self.checksums],
         }  # fmt: skip
 
 
@@ -108,8 +115,8 @@ def verify(
 
     With a store of ``statistics`` the output error of every quantized layer is measured too, and its projected error,
     each beside plain rounding: then whole matrices are held, one at a time. With an ``adapter`` the errors beside it
-    are measured too. Raises CheckpointError when a file itself is broken (truncated, bad header), PlanError for
-    statistics or an adapter that do not fit.
+    are measured too. Checksums are looked at where there are any. Raises CheckpointError when a file itself is broken
+    (truncated, bad header), PlanError for statistics or an adapter that do not fit.
     """
     made, source = open_source(output), open_source(against)
     ours = {layer.name: layer for layer in group_layers(made)}
@@ -142,12 +149,23 @@ def verify(
         checks = [replace(check, **measured.get(check.name, {})) for check in checks]
     if adapters:
         checks = _with_adapters(checks, adapters, (ours, theirs), evidence)
+    looks = [check for path in [output, *([adapter] if adapter else [])] if (check := look(path)) is not None]
     removed = origin.removed([layer for name, layer in theirs.items() if name not in ours])
     return Verification(
         output, ", ".join(against) if isinstance(against, list) else against, tuple(checks),
         tuple(name for name in theirs if name not in ours and name not in removed),
-        tuple(name for name in ours if name not in theirs),
+        tuple(name for name in ours if name not in theirs), tuple(looks), _other_source(looks, source.layout),
     )  # fmt: skip
+
+
+def _other_source(looks: list[ChecksumCheck], layout: str) -> str:
+    told = looks[0].source if looks else ""
+    if not told or told == layout:
+        return ""
+    return (
+        f"the files were made from a checkpoint with the digest {told[:16]}, SOURCE has {layout[:16]}: it is another "
+        "version or sharding of it, or another file lies between the two"
+    )
 
 
 def _with_adapters(

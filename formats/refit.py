@@ -11,9 +11,11 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from .checksums import checksum
 from .comfy import HEADER_KEY, MARKER, marker_tensor
 from .fileio import Reader
 from .journal import Patch
+from .manifest import amended, resealed
 from .markers import Entry
 from .safetensors import Header, layout
 from .tensors import DTYPE_BITS, TensorRef, TensorSpec
@@ -36,6 +38,8 @@ class Rebuilt:
     """Stored tensors that stay as they are, and where each begins in the new file."""
     written: tuple[tuple[int, bytes], ...]
     """Begin and content of the markers."""
+    names: tuple[str, ...] = ()
+    """Of all tensors."""
 
 
 def patches(header: Header, markers: Mapping[str, Entry], metadata: Mapping[str, str]) -> list[Patch] | None:
@@ -46,10 +50,11 @@ def patches(header: Header, markers: Mapping[str, Entry], metadata: Mapping[str,
         return None
     with Reader(header.path) as reader:
         old = _read(reader, 0, min([reader.size, *(ref.start for ref in header.refs)]))
-        head = _head(old, moved, metadata)
+        sums = {ref.name: checksum(text) for ref, _, text in moved if text is not None}
+        head = _head(old, moved, amended(metadata, sums, header.path))
         if head is None:
             return None
-        found = [Patch(0, old, head)]
+        found = [Patch(0, old, resealed(head, old))]
         for ref, start, text in moved:
             if text is not None or start != ref.start:
                 new = _read(reader, ref.start, ref.nbytes) if text is None else text
@@ -63,10 +68,26 @@ def rebuilt(header: Header, markers: Mapping[str, Entry], metadata: Mapping[str,
     kept = [ref for ref in header.refs if ref.name not in made]
     specs: list[TensorSpec] = [made[ref.name][0] if ref.name in made else ref for ref in header.refs]
     specs += [spec for name, (spec, _) in made.items() if name not in {ref.name for ref in header.refs}]
-    head, starts, size = layout(specs, metadata)
+    sums = {name: checksum(text) for name, (_, text) in made.items()}
+    head, starts, size = layout(specs, amended(metadata, sums, header.path))
+    with Reader(header.path) as reader:
+        head = resealed(head, _read(reader, 0, min([reader.size, *(ref.start for ref in header.refs)])))
     begin = {spec.name: start for spec, start in zip(specs, starts, strict=True)}
     copied = tuple((ref, begin[ref.name]) for ref in kept)
-    return Rebuilt(head, size, copied, tuple((begin[name], text) for name, (_, text) in made.items()))
+    return Rebuilt(head, size, copied, tuple((begin[name], text) for name, (_, text) in made.items()), tuple(begin))
+
+
+def index_patches(old: bytes, gained: int, placed: Mapping[str, str]) -> list[Patch]:
+    """What changes in an index, when its files have so many bytes more and these tensors (file names by name)."""
+    table = json.loads(old)
+    total = table.get("metadata", {}).get("total_size") if isinstance(table.get("metadata"), dict) else None
+    if isinstance(total, int):
+        table["metadata"]["total_size"] = total + gained
+    table["weight_map"].update(placed)
+    if table == json.loads(old):
+        return []
+    text = (json.dumps(table, indent=2) + "\n").encode()
+    return [_trimmed(Patch(0, old, text.ljust(len(old))))]
 
 
 Moved = list[tuple[TensorRef, int, bytes | None]]

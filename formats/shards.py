@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,11 +32,14 @@ def is_single_file(output: str) -> bool:
     return output.endswith(SUFFIX)
 
 
-def lay_out(groups: Sequence[Sequence[TensorSpec]], output: str, shard_bytes: int | None,
-            metadata: Mapping[str, str], stem: str = "model") -> list[Shard]:  # fmt: skip
+def lay_out(
+    groups: Sequence[Sequence[TensorSpec]], output: str, shard_bytes: int | None,
+    metadata: Callable[[Sequence[TensorSpec]], Mapping[str, str]], stem: str = "model",
+) -> list[Shard]:  # fmt: skip
     """Shards of at most ``shard_bytes`` (None: a file is one, a folder is split at 5 GB); a group is never split.
 
-    ``stem`` is the file name in a folder, as in ``model-00001-of-00002.safetensors``.
+    ``metadata`` gives ``__metadata__`` of a file with these tensors. ``stem`` is the file name in a folder, as in
+    ``model-00001-of-00002.safetensors``.
     """
     path = Path(output)
     if is_single_file(output):
@@ -55,7 +58,7 @@ def lay_out(groups: Sequence[Sequence[TensorSpec]], output: str, shard_bytes: in
     names = [f"{stem}{SUFFIX}"]
     if len(bins) > 1:
         names = [f"{stem}-{number:05d}-of-{len(bins):05d}{SUFFIX}" for number in range(1, len(bins) + 1)]
-    return [_shard(folder / name, specs, metadata) for name, specs in zip(names, bins, strict=True)]
+    return [_shard(folder / name, specs, metadata(specs)) for name, specs in zip(names, bins, strict=True)]
 
 
 def _shard(path: Path, specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> Shard:

@@ -21,6 +21,7 @@ from .errors import CheckpointError
 from .fileio import Reader
 from .hints import PICKLES, found_instead, near
 from .journal import refuse_unfinished
+from .manifest import KEY
 from .safetensors import Header, parse_json, read_header
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ def _open(where: str | Path | Sequence[str | Path]) -> Source:
         raise CheckpointError("the path of the checkpoint is empty")
     path = Path(where)
     if path.is_dir():
-        index = _index_of(path)
+        index = index_of(path)
         if index:
             return _open_index(index)
         return replace(_read(_shards_of(path), path, _sidecars(path)), takes_all=True)
@@ -133,7 +134,7 @@ def _open_glob(pattern: str) -> Source:
 
 def _open_index(index: Path) -> Source:
     """Open the shards that an index names, and hold it to its word."""
-    weight_map, root = _weight_map(index), index.parent
+    weight_map, root = read_index(index)["weight_map"], index.parent
     shards = sorted(set(weight_map.values()))
     for shard in shards:
         _check_shard_name(index, shard)
@@ -154,21 +155,23 @@ def _open_index(index: Path) -> Source:
     return source
 
 
-def _weight_map(index: Path) -> dict[str, str]:
+def read_index(index: Path) -> dict[str, Any]:
+    """An index, whose ``weight_map`` names files by tensor; CheckpointError for a broken one."""
     with Reader(index) as reader:
         if reader.size > _MAX_INDEX_BYTES:
             raise CheckpointError(f"{index}: index of {reader.size} bytes; at most {_MAX_INDEX_BYTES} are read")
         raw = bytearray(reader.size)
         reader.read_into(memoryview(raw), 0)
     table = parse_json(bytes(raw), f"{index}: index")
-    weight_map = table.get("weight_map") if isinstance(table, dict) else None
+    table = table if isinstance(table, dict) else {}
+    weight_map = table.get("weight_map")
     if not isinstance(weight_map, dict):
         raise CheckpointError(f"{index}: index has no 'weight_map' object, which says where each tensor is")
     if bad := [name for name, shard in weight_map.items() if not isinstance(shard, str)]:
         raise CheckpointError(f"{index}: 'weight_map' gives tensor {bad[0]!r} a shard that is not a string")
     if not weight_map:
         raise CheckpointError(f"{index}: 'weight_map' names no tensor")
-    return weight_map
+    return table
 
 
 def _check_shard_name(index: Path, shard: str) -> None:
@@ -178,7 +181,8 @@ def _check_shard_name(index: Path, shard: str) -> None:
         raise CheckpointError(f"{index}: shard name {shard!r} is not a plain path inside the folder")
 
 
-def _index_of(folder: Path) -> Path | None:
+def index_of(folder: Path) -> Path | None:
+    """The index that a folder is read through, if it has one."""
     found = [path for path in _entries(folder) if path.name.endswith(_INDEX)]
     preferred = [path for path in found if path.name == "model" + _INDEX] or found
     return preferred[0] if len(preferred) == 1 else None
@@ -226,7 +230,7 @@ def _read(paths: Iterable[Path], root: Path, sidecars: tuple[Path, ...]) -> Sour
                     f"tensor {ref.name!r} is in two files, {first.path} and {ref.path}; "
                     "give one file, the index, or a pattern that picks one set of shards"
                 )
-        if any(metadata.get(key, value) != value for key, value in header.metadata.items()):
+        if any(metadata.get(key, value) != value for key, value in header.metadata.items() if key != KEY):
             _log.warning("%s: __metadata__ disagrees with an earlier file, which is kept", header.path)
         metadata = header.metadata | metadata
     stamps = [stamp for _, stamp in opened]

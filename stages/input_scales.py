@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from ..formats.errors import PlanError, UsageError, listed, shown
 from ..formats.layers import Layer
+from ..formats.manifest import KEY
 from ..formats.markers import flat
 from ..formats.tensors import number_tensor
 from .activation_sources import AdapterDirections, Found, Given, Measured, Source
@@ -97,7 +98,7 @@ class InputScales:
     def plan(self, layers: Sequence[LayerPlan], context: Context) -> list[LayerPlan]:
         """Raises PlanError when no layer takes a scale or none gets one, and for files and statistics that do not fit
         the checkpoint; UsageError for a filter that finds no layer."""
-        context.metadata = dict(context.source.metadata)
+        context.metadata = {**context.source.metadata, KEY: ""}  # its checksums, whether or not the source has any
         takers = self._takers(layers, context)
         had = {name for name, plan in takers.items() if _has_scale(plan.layer)}
         if self.remove:

@@ -37,6 +37,8 @@ class Pack:
                 if self.storage.layout.high_nibble_first:
                     codes = (codes << 4) | (codes >> 4)
                 chunk.writes = [(self.storage.codes.name, chunk.start * self.storage.codes.row_bytes, codes.cpu())]
+                if chunk.start + codes.shape[0] == work.plan.rows:
+                    chunk.writes += self._padding(work.plan.rows)
                 chunk.writes += scales.add(chunk, last=chunk.start + codes.shape[0] == stop)
                 if chunk.start == 0 and self.storage.whole is not None and work.whole is not None:
                     value = torch.frombuffer(bytearray(struct.pack("<f", work.whole)), dtype=torch.float32)
@@ -47,8 +49,15 @@ class Pack:
         return work
 
     def memory(self, plan: LayerPlan, environment: Environment) -> int:
-        """Codes in their stored order, and up to a tile of scales twice."""
-        return chunk_elements(plan, environment) * 2 + 4 * TILE_ROWS * (self.storage.scales.row_bytes or 1)
+        """Codes in their stored order, rows that fill them up, and up to a tile of scales twice."""
+        padding = self.storage.codes.nbytes - plan.rows * self.storage.codes.row_bytes
+        return chunk_elements(plan, environment) * 2 + padding + 4 * TILE_ROWS * (self.storage.scales.row_bytes or 1)
+
+    def _padding(self, rows: int) -> list[tuple[str, int, torch.Tensor]]:
+        """Zeros behind the last row: written, so that a checksum has seen every byte."""
+        codes = self.storage.codes
+        missing = codes.nbytes - rows * codes.row_bytes
+        return [(codes.name, codes.nbytes - missing, torch.zeros(missing, dtype=torch.uint8))] if missing else []
 
 
 class _Rows:

@@ -58,7 +58,7 @@ def test_every_format_and_dialect_becomes_the_weights_that_it_means(name: str, t
         assert sum(report.changed.values()) == 1
         assert not report.layers
         with safe_open(output / "model.safetensors", "pt") as file:
-            assert set(file.metadata()) == {"quantloom"}
+            assert set(file.metadata()) == {"quantloom", "quantloom.checksums"}
         checked = verify(str(output), str(source))
         assert checked.ok
         assert [(layer.name, layer.format) for layer in checked.changed("decoded")] == [(LAYER, "")]

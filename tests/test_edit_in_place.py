@@ -135,7 +135,11 @@ def test_all_shards_are_edited(shards: Path) -> None:
     entries = markers(shards)
     assert all(entry[FPMM] for entry in entries.values())
     assert all(header(file) == entries for file in shards.glob("*.safetensors"))
-    assert {path: path.read_bytes() for path in others} == kept
+    index = shards / "model.safetensors.index.json"
+    told = json.loads(index.read_bytes())
+    total = sum(tensor.nbytes for file in shards.glob("*.safetensors") for tensor in load_file(file).values())
+    assert told == {**json.loads(kept.pop(index)), "metadata": {"total_size": total}}
+    assert {path: path.read_bytes() for path in kept} == kept
     assert open_source(shards).refs.keys() == before.keys()
 
 
@@ -146,7 +150,7 @@ def test_a_shard_that_no_layer_changes_stays_untouched(shards: Path) -> None:
     report = in_place(shards, add={FPMM: True}, filter="^odd$")
     assert len(report.files) == 1
     changed = [str(path) for path, then in before.items() if path.stat().st_mtime_ns != then]
-    assert changed == [report.files[0].path]
+    assert changed == [report.files[0].path, str(shards / "model.safetensors.index.json")]
 
 
 def test_markers_from_a_header_alone_come_into_the_file_of_their_weight(tmp_path: Path) -> None:

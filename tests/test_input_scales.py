@@ -86,11 +86,12 @@ def scales(path: Path | str) -> dict[str, float]:
 
 
 def contents(path: Path | str) -> tuple[dict[str, tuple[str, list[int], bytes]], dict[str, str]]:
-    """Every tensor but activation scales as it is stored, and ``__metadata__``."""
+    """Every tensor but activation scales as it is stored, and ``__metadata__`` but checksums."""
     raw = Path(path).read_bytes()
     size = int.from_bytes(raw[:8], "little")
     header = json.loads(raw[8 : 8 + size])
     metadata = header.pop("__metadata__", {})
+    metadata.pop("quantloom.checksums", None)
     data = raw[8 + size :]
     return {
         name: (entry["dtype"], entry["shape"], data[slice(*entry["data_offsets"])])
