@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import stat
 from collections.abc import Iterable
 from pathlib import Path
 
 from ..formats.errors import CheckpointError
-from ..formats.fileio import Writer, create_sparse, sync_dir, sync_file
+from ..formats.fileio import Reader, Writer, create_sparse, sync_dir, sync_file
+from ..formats.manifest import is_finished
 from ..formats.shards import Shard
 from ..stages.work import Receipt
 from .commit import part
 from .output_files import final_paths, folders_of
 from .plan import Plan
 from .resume import slots_of
+from .run_journal import GIVE_UP
 
 
 def shards_of(plan: Plan) -> tuple[Shard, ...]:
@@ -54,6 +57,21 @@ def mend_parts(plan: Plan) -> dict[str, str]:
     _fill(plan)
     _sync_folders(plan)
     return wrong
+
+
+def check_complete(plan: Plan) -> None:
+    """CheckpointError unless every safetensors file that is there, a part or under its name already, has the size and
+    the finished head of this plan: its journal says so, but parts may have been deleted or exchanged since."""
+    for shard in shards_of(plan):
+        path = Path(shard.path)
+        place = part(path) if os.path.lexists(part(path)) else path
+        if not os.path.lexists(place):
+            continue  # whether it can be missing is for the exchange to say
+        with Reader(place) as reader:
+            head = bytearray(min(len(shard.head), reader.size))
+            reader.read_into(memoryview(head), 0)
+        if reader.size != shard.size or not is_finished(bytes(head), shard.head):
+            raise CheckpointError(f"{place}: is not the complete file that a run's journal speaks of; {GIVE_UP}")
 
 
 def remove_parts(plan: Plan) -> None:

@@ -23,7 +23,7 @@ from ..stages.writing import PART_SUFFIX
 from .checksums import finished_heads
 from .commit import PREVIOUS_SUFFIX, check_unchanged, exchange, finish_exchange, hold, part
 from .output_files import final_paths, folders_of, leftovers, locks_of, log_of, sidecars_of, stale_files
-from .part_files import PartSync, create_parts, mend_parts, remove_parts, sidecar_content, write_part
+from .part_files import PartSync, check_complete, create_parts, mend_parts, remove_parts, sidecar_content, write_part
 from .plan import Plan, make_plan
 from .resume import damaged, earlier_run, finished
 from .run_journal import Record, committing_line, head_of, lines_of, undone_line
@@ -82,6 +82,7 @@ def _continue(plan: Plan, record: Record) -> Session:
     if record.committing is not None:
         kept = {**plan.settled.kept, **record.committing}
         final = make_plan(plan.recipe, replace(plan.settled, kept=kept)) if record.committing else plan
+        check_complete(final)
         session = Session(final, log, PartSync(final), record.receipts)
         session.committing = True
         return session

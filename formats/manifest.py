@@ -92,6 +92,22 @@ def finished_head(shard: Shard, sums: Mapping[str, Sequence[Piece]]) -> bytes:
     return seal(shard.head[:8] + text.ljust(len(shard.head) - 8))
 
 
+def is_finished(head: bytes, planned: bytes) -> bool:
+    """Whether a head is what ``finished_head`` makes of the planned one: sealed, of the same plan and source."""
+    wanted = _entry(planned)
+    if wanted is None:
+        return head == planned
+    found = _entry(head) if len(head) == len(planned) and seal(head) == head else None
+    return found is not None and (found.plan, found.source) == (wanted.plan, wanted.source)
+
+
+def _entry(head: bytes) -> Manifest | None:
+    try:
+        return parse(json.loads(head[8:]).get(_METADATA, {}), "head")
+    except (ValueError, AttributeError, RecursionError, CheckpointError):
+        return None
+
+
 def seal(head: bytes) -> bytes:
     """A head with its own checksum in its entry, if it has one that this module wrote."""
     begin = head.find(_BEFORE) + len(_BEFORE)

@@ -183,7 +183,7 @@ def test_manifests(sandbox: Path, chance: random.Random, hostile: Any) -> None:
 @fuzz
 @given(RANDOM, VALUES)
 def test_recipes(chance: random.Random, hostile: Any) -> None:
-    pipeline = Pipeline(memory=1 << 30).read("a.safetensors").target(exclude=["x"]).quantize("fp8", rounding="learned")
+    pipeline = Pipeline(memory=1 << 30).read("a.safetensors").target(exclude="x").quantize("fp8", rounding="learned")
     whole = pipeline.lora(rank=8).write("o.safetensors", compute=False).recipe.to_dict()
     text = json.dumps(changed(whole, chance, hostile))
     with bounded():
@@ -341,6 +341,13 @@ def test_a_forged_claim(sandbox: Path, half: Any) -> None:
     with_lie = [*values[:-1], {"done": {**values[-1]["done"], "pieces": [
         [name, start, nbytes, "0" * 16] for name, start, nbytes, _ in values[-1]["done"]["pieces"]]}}]  # fmt: skip
     resumed(sandbox, half, lines_of(with_lie), verify=True)
+
+
+@pytest.mark.parametrize("kept", [{}, {"odd": "failed: x"}, {"nothing": "y"}], ids=str)
+def test_a_forged_commit(kept: dict[str, str], sandbox: Path, half: Any) -> None:
+    """Parts that are said to be complete and are not get no names: their heads would hold checksums."""
+    resumed(sandbox, half, half[1] + lines_of([{"commit": kept}]))
+    assert not (half[0] / "out.safetensors").exists()
 
 
 @pytest.mark.parametrize("change", [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from killing import CASES, Bench, ByHand, Case, Moment, kill, options_of, shown,
 
 from quantloom import Pipeline
 from quantloom.flow import part_files, sink
+from quantloom.formats.errors import CheckpointError
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="kills and looks into /proc")
 
@@ -69,6 +71,28 @@ def test_heads_that_the_power_took_are_written_again(sharded: Path, tmp_path: Pa
             file.truncate(shard.size)
     flow.write(tmp_path / "out", shard_size="100KB")
     assert listing(tmp_path / "out") == listing(tmp_path / "whole")
+
+
+def test_an_old_output_is_not_taken_for_the_new_one(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out.safetensors"
+    flow = Pipeline().read(checkpoint)
+    flow.quantize("fp8").write(output)
+
+    def killed(paths: object, stale: object) -> None:
+        shutil.copytree(tmp_path, tmp_path / "killed")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sink, "exchange", killed)
+    with pytest.raises(KeyboardInterrupt):
+        flow.quantize("mxfp8").write(output, overwrite=True)
+    monkeypatch.undo()
+    for name in ("out.safetensors.journal.jsonl", "out.safetensors"):
+        shutil.copy(tmp_path / "killed" / name, tmp_path / name)
+    (tmp_path / "out.safetensors.part").unlink()
+    with pytest.raises(CheckpointError, match="is not the complete file that a run's journal speaks of; delete it"):
+        flow.quantize("mxfp8").write(output, overwrite=True)
 
 
 # -- clusters ----------------------------------------------------------------------------------------------------------
