@@ -77,7 +77,10 @@ _DONE = (
     b'{"journal":1}\n{"done":{"name":"a","format":"fp8","nbytes_in":4,"nbytes_out":2,"seconds":0.1,"squared_error":0.5,'
     b'"squared_weight":1.5,"rows":[0,1],"pieces":[["a.weight",0,2,"0123456789abcdef"]]}}\n{"commit":{"a":"why"}}'
 )
-_EDIT = b'{"version":1,"changes":[{"name":"a","old_size":2,"new_size":2,"patches":[{"start":0,"old":"MjM=","new":"eHk="}]}]}'
+_EDIT = (
+    b'{"version":1,"changes":[{"name":"a","old_size":2,"new_size":2,"patches":'
+    b'[{"start":0,"old":"MjM=","new":"eHk="}]}]}'
+)
 _MANIFEST = (
     b'{"algorithm":"xxh3_64","header":"0123456789abcdef","source":"s","plan":"p","tensors":{"a":"0123456789abcdef",'
     b'"b":[[4,"0123456789abcdef"]]}}'
