@@ -11,6 +11,7 @@ import psutil
 
 from ..formats.errors import PlanError
 from ..stages.work import Environment, LayerPlan
+from .devices import gpu_workers
 from .recipe import Run
 from .sizes import show_size
 
@@ -22,6 +23,8 @@ threads spend more time waiting for it than working (16 threads, 0.8 GB, NVFP4 `
 CUDA_CHUNK_BYTES = 64 << 20
 CUDA_TASKS = 6
 """Tasks at a time on one GPU: while some read and write, one computes."""
+_CUDA_PROCESS_BYTES = 768 << 20
+"""Host memory that CUDA's context and libraries take in a worker process, beside interpreter and torch."""
 _SMALLEST_CHUNK = 64 << 10
 _STARTUP_BYTES = 24 << 20
 """What threads, torch's first operations and the file header take once work begins."""
@@ -39,12 +42,19 @@ class Budget:
     limit: int
     """Bytes that the process may use."""
     base: int
-    """Bytes that the process holds before any work (interpreter, torch)."""
+    """Bytes that the process holds before any work (interpreter, torch); with it, those of the GPUs' processes."""
     task_bytes: int
     """Bytes of the hungriest task."""
     workers: int
     """Tasks at a time."""
     environment: Environment
+    gpus: tuple[int, ...] = ()
+    """Indices of the GPUs of this machine that get a worker process each; empty: work is done otherwise."""
+
+    @property
+    def tasks_per_gpu(self) -> int:
+        """Tasks at a time of one GPU's worker process."""
+        return max(1, self.workers // max(1, len(self.gpus)))
 
     @property
     def peak_bytes(self) -> int:
@@ -86,8 +96,11 @@ def _cached_bytes(group: Path) -> int:
 
 
 def device_memory(run: Run) -> int | None:
-    """Bytes that this process can still have on the run's GPU; None without one, or if other processes do the work."""
-    if run.device == "cpu" or run.scheduler not in ("threads", "sync"):
+    """Bytes that this process can still have on the run's GPU; None without one, or if other processes do the work.
+
+    Those are asked themselves: whoever asks gets a context on the GPU (``flow.gpu_cluster``).
+    """
+    if run.device == "cpu" or run.scheduler not in ("threads", "sync") or gpu_workers(run):
         return None
     import torch
 
@@ -104,24 +117,28 @@ def make_budget(layers: Sequence[LayerPlan], run: Run, run_id: str) -> Budget:
     """
     base = psutil.Process().memory_info().rss + _STARTUP_BYTES
     limit = run.memory if run.memory is not None else base + free_memory() // 2
-    on_cuda = run.device.startswith("cuda")
+    on_cuda, gpus = run.device.startswith("cuda"), gpu_workers(run)
     most = run.workers or (CUDA_TASKS if on_cuda else cores())
     chunk = CPU_CHUNK_BYTES * (min(most, CROWD) if run.scheduler == "threads" else 1)
-    environment = Environment(run_id, run.device, CUDA_CHUNK_BYTES if on_cuda else chunk)
-    own = base if run.scheduler == "distributed" else 0  # workers of a local cluster are processes like this one
+    environment = Environment(run_id, "cuda" if gpus else run.device, CUDA_CHUNK_BYTES if on_cuda else chunk)
+    # A worker process of a local cluster holds what this one holds; that of a GPU has several tasks at a time.
+    own = base if run.scheduler == "distributed" and not gpus else 0
+    base += (base + _CUDA_PROCESS_BYTES) * len(gpus)
+    each = max(1, len(gpus))
     while True:
         hungriest = max(layers, key=lambda layer: layer.peak_bytes(environment), default=None)
         need = own + (hungriest.peak_bytes(environment) if hungriest else 0)
-        if base + need <= limit or environment.chunk_bytes <= _SMALLEST_CHUNK:
+        if base + need * each <= limit or environment.chunk_bytes <= _SMALLEST_CHUNK:
             break
         environment = replace(environment, chunk_bytes=environment.chunk_bytes // 2)
-    if hungriest is not None and base + need > limit:
+    if hungriest is not None and base + need * each > limit:
+        held = f"the processes of {each} GPUs themselves hold" if gpus else "the process itself holds"
         raise PlanError(
-            f"{hungriest.layer.name} needs {show_size(need)} at a time, beside {show_size(base)} that the process "
-            f"itself holds: {show_size(base + need)} do not fit in the memory budget of {show_size(limit)}; "
-            "raise --memory"
+            f"{hungriest.layer.name} needs {show_size(need)} at a time{' and GPU' if gpus else ''}, beside "
+            f"{show_size(base)} that {held}: {show_size(base + need * each)} do not fit in the memory budget of "
+            f"{show_size(limit)}; raise --memory{', or name fewer GPUs: --device cuda:0' if gpus else ''}"
         )
-    workers = max(1, min(most, (limit - base) // max(1, need)))
+    workers = max(1, min(most, (limit - base) // max(1, need * each))) * each
     free = device_memory(run)
     if free is not None and hungriest is not None:
         if need > free:
@@ -130,7 +147,7 @@ def make_budget(layers: Sequence[LayerPlan], run: Run, run_id: str) -> Budget:
                 "another device, or --rounding mse, which works on rows"
             )
         workers = min(workers, free // max(1, need))
-    return Budget(limit, base, need, workers, environment)
+    return Budget(limit, base, need, workers, environment, gpus)
 
 
 def peak_memory() -> int:

@@ -11,27 +11,37 @@ from typing import TYPE_CHECKING, Any
 from ..formats.errors import SinkError, UsageError, WorkerError
 from ..stages.cancelling import cancel
 from .budget import Budget
-from .graph import Failure, Graph, Key, Results
+from .cluster_checks import check_workers
+from .graph import Failure, Graph, Key, LayersOf, Results
+from .local_cluster import local_client, undisturbed
+from .placement import Placement
 
 if TYPE_CHECKING:
     from distributed import Client
 
 _log = logging.getLogger(__name__)
 
-CONNECT_SECONDS = 30
-"""How long a scheduler may take to answer, and its first worker to come."""
+CONNECT_SECONDS = 10
+"""How long a scheduler may take to answer."""
+WORKER_SECONDS = 30
+"""How long its first worker may take to come."""
 
-_LOCAL = "127.0.0.1:0"
-"""Any free port, for this machine only: Dask's own choice is a fixed one that the whole network sees."""
 
-
-def run_distributed(where: Client | str, graph: Graph, keys: list[Key], budget: Budget) -> Results:
+def run_distributed(
+    where: Client | str, graph: Graph, layers_of: LayersOf, budget: Budget, place: Placement
+) -> Results:
     """Receipts as tasks finish. Workers read the source and write the output themselves: they need both paths."""
     distributed = _package()
     with contextlib.ExitStack() as stack:
-        client = _client(distributed, where, budget, stack)
-        _wait_for_workers(client)
-        futures = client.get(graph, keys, sync=False)
+        if where in ("distributed", "dask-cuda"):
+            client = local_client(distributed, str(where), budget, stack)
+        else:
+            client = _connected(distributed, where, stack) if isinstance(where, str) else where
+            _wait_for_workers(client)
+            check_workers(client, budget, place)
+        keys = list(layers_of)
+        _log.info("workers are ready")
+        futures = _submitted(client, graph, layers_of, place)
         try:
             key_of = {future.key: key for future, key in zip(futures, keys, strict=True)}
             waiting = distributed.as_completed(futures, loop=client.loop, with_results=True, raise_errors=False)
@@ -59,6 +69,35 @@ def _explained(distributed: Any, error: Exception) -> Exception:
     return error
 
 
+def _submitted(client: Any, graph: Graph, layers_of: LayersOf, place: Placement) -> list[Any]:
+    """Futures of all tasks; where files must be written exclusively, each host gets the tasks of its files."""
+    import dask
+    from dask.highlevelgraph import HighLevelGraph, MaterializedLayer
+
+    annotations: dict[str, Any] = {"priority": _priorities(graph, list(layers_of)).get}
+    if place.writes == "exclusive":
+        threads: dict[str, int] = {}
+        for worker in client.scheduler_info(n_workers=-1)["workers"].values():
+            threads[worker["host"]] = threads.get(worker["host"], 0) + worker["nthreads"]
+        annotations["workers"] = place.hosts(threads, layers_of).get
+    layer = MaterializedLayer(graph, annotations=annotations)
+    # Tasks carry the plans of their layers, a few kilobytes each: more than Dask expects, and no data.
+    with dask.config.set({"distributed.admin.large-graph-warning-threshold": "1GB"}):
+        return list(client.get(HighLevelGraph({"quantloom": layer}, {"quantloom": set()}), list(layers_of), sync=False))
+
+
+def _priorities(graph: Graph, keys: list[Key]) -> dict[Key, int]:
+    """Tasks are to begin in the order of ``keys``, each after what it waits for."""
+    priorities: dict[Key, int] = {}
+    for number, key in enumerate(keys):
+        pending = [key]
+        while pending:
+            if (name := pending.pop()) not in priorities:
+                priorities[name] = -number
+                pending += graph[name].dependencies
+    return priorities
+
+
 def _cancellations(distributed: Any) -> tuple[type[BaseException], ...]:
     """What waiting for results raises when their scheduler is gone."""
     gone = (distributed.CancelledError, asyncio.CancelledError, concurrent.futures.CancelledError)
@@ -67,35 +106,60 @@ def _cancellations(distributed: Any) -> tuple[type[BaseException], ...]:
 
 def _wait_for_workers(client: Any) -> None:
     try:
-        client.wait_for_workers(1, timeout=CONNECT_SECONDS)
+        client.wait_for_workers(1, timeout=WORKER_SECONDS)
     except TimeoutError as error:
-        raise SinkError(f"the Dask scheduler has no workers: none came in {CONNECT_SECONDS} seconds") from error
+        raise SinkError(f"the Dask scheduler has no workers: none came in {WORKER_SECONDS} seconds") from error
 
 
 def _package() -> Any:
-    """The package ``distributed``, which has no types; UsageError when it is not there."""
+    """The package ``distributed``; UsageError when it is not there."""
     try:
-        import distributed
+        with undisturbed():  # somewhere in there an interrupt is lost
+            import distributed
     except ImportError as error:
         raise UsageError("a distributed run needs the package distributed: pip install 'quantloom[cluster]'") from error
     return distributed
 
 
-def _client(distributed: Any, where: Client | str, budget: Budget, stack: contextlib.ExitStack) -> Any:
-    """The user's client, one for an address, or one for a cluster of processes that lives as long as the run."""
-    if not isinstance(where, str):
-        return where
+def _connected(distributed: Any, address: str, stack: contextlib.ExitStack) -> Any:
+    """A client of the scheduler at ``address``, with the certificates that Dask's own configuration names."""
+    security = _security(distributed, address)
     try:
-        if where != "distributed":
-            return stack.enter_context(distributed.Client(where, timeout=CONNECT_SECONDS, set_as_default=False))
-        # Tasks keep to the budget themselves; Dask's own memory limit cannot see torch's memory and would interfere.
-        quiet = logging.CRITICAL if not _log.isEnabledFor(logging.DEBUG) else None
-        options = {"n_workers": budget.workers, "threads_per_worker": 1, "memory_limit": None, "silence_logs": quiet}
-        web = {"dashboard_address": _LOCAL, "worker_dashboard_address": _LOCAL}
-        cluster = stack.enter_context(distributed.LocalCluster(**options, **web))
-        return stack.enter_context(distributed.Client(cluster, set_as_default=False))
+        return stack.enter_context(
+            distributed.Client(address, timeout=CONNECT_SECONDS, set_as_default=False, security=security)
+        )
     except OSError as error:
-        raise SinkError(f"{where}: cannot reach the Dask scheduler: {error}") from error
-    except (ValueError, TypeError, AssertionError) as error:  # what Dask makes of an address that is none
+        raise SinkError(f"{address}: cannot reach the Dask scheduler{_why(address, error)}") from error
+    except (ValueError, TypeError, AssertionError, RuntimeError) as error:  # what Dask makes of an address that is none
         why = str(error) or type(error).__name__
-        raise UsageError(f"{where}: no address of a Dask scheduler, such as tcp://host:8786: {why}") from error
+        raise UsageError(f"{address}: no address of a Dask scheduler, such as tcp://host:8786: {why}") from error
+
+
+def _security(distributed: Any, address: str) -> Any:
+    """What Dask's configuration says; UsageError when an address of TLS has no certificates, or they cannot be read."""
+    security = distributed.Security()
+    try:
+        given = security.get_connection_args("client")["ssl_context"]
+    except OSError as error:  # ssl.SSLError is one
+        raise UsageError(f"{address}: the certificates of Dask's configuration cannot be used: {error}") from error
+    if address.startswith("tls://") and given is None:
+        raise UsageError(
+            f"{address}: no certificates are configured; set distributed.comm.tls.ca-file, client.cert and client.key "
+            "in Dask's configuration, or DASK_DISTRIBUTED__COMM__TLS__CA_FILE, ...__CLIENT__CERT and ...__CLIENT__KEY"
+        )
+    return security
+
+
+def _why(address: str, error: OSError) -> str:
+    """What most likely keeps a scheduler from answering."""
+    chain: list[BaseException] = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        chain.append(cause)
+    words = " ".join(str(each) for each in chain)
+    if address.startswith("tls://"):
+        hint = "is it one of TLS, and do both sides trust the certificates of the other?"
+    else:
+        hint = "is it running, and if it wants TLS: is the address tls://host:port?"
+    reason = next((str(each) for each in reversed(chain) if str(each)), type(error).__name__)
+    first = "it refused the certificate" if "CERTIFICATE" in words.upper() else f"no answer in {CONNECT_SECONDS} s"
+    return f": {first}; {hint} ({reason.splitlines()[0]})"

@@ -19,7 +19,7 @@ Examples:
   quantloom edit model.safetensors --in-place --rebuild-header
 """
 
-_WRITING = ("shard_size", "memory", "workers", "device", "scheduler", "overwrite")
+_WRITING = ("shard_size", "memory", "workers", "device", "scheduler", "writes", "overwrite")
 _STOPPED = "stopped: the checkpoint is as it was; what had been written was removed"
 
 

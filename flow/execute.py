@@ -10,12 +10,14 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ..formats.errors import SinkError, UsageError, listed, memory_problem
+from ..formats.errors import SinkError, listed, memory_problem
 from ..stages.cancelling import cancel, forget
 from ..stages.work import LayerPlan, Receipt
 from .budget import Budget, make_budget
-from .graph import Graph, Key, Results, submission
+from .devices import check_devices
+from .graph import Graph, Key, LayersOf, Results, submission
 from .output_checks import check_output
+from .placement import Placement
 from .plan import Plan
 from .recipe import Run
 from .recovery import run_layers
@@ -70,9 +72,8 @@ def run_plan(plan: Plan, client: Client | str | None = None, progress: Progress 
     """
     watcher = progress or Silent()
     began = time.perf_counter()
-    scheduler = client if client is not None else plan.recipe.run.scheduler
     check_output(plan)
-    job = Job(plan.layers, plan.recipe.run, scheduler, plan.digest[:16])
+    job = Job(plan.layers, plan.recipe.run, client, plan.digest[:16])
     try:
         with _known_errors(), open_sink(plan) as session, _torch_threads():
             watcher.start(replace(plan, notes=(*plan.notes, *session.notes)), job.budget)
@@ -111,7 +112,7 @@ def _work_again(session: Session, job: Job, failed: Mapping[str, BaseException])
 
 def collect(layers: Sequence[LayerPlan], run: Run) -> list[Receipt]:
     """Receipts of chains that write nothing, on the scheduler of the run. Raises what ``run_plan`` raises."""
-    job = Job(layers, run, run.scheduler, "look")
+    job = Job(layers, run, None, "look")
     try:
         with _known_errors(), _torch_threads(), closing(job.run(layers, keep=False)) as running:
             return [receipt for done in running for receipt in done]
@@ -122,16 +123,17 @@ def collect(layers: Sequence[LayerPlan], run: Run) -> list[Receipt]:
 class Job:
     """How layers are run: on which scheduler, and within which budget."""
 
-    def __init__(self, layers: Sequence[LayerPlan], run: Run, scheduler: Client | str, name: str) -> None:
-        self.scheduler = scheduler
-        self.is_local = scheduler in ("threads", "sync")
-        if self.is_local:
-            _check_device(run)
+    def __init__(self, layers: Sequence[LayerPlan], run: Run, client: Client | str | None, name: str) -> None:
+        run = _run_on(client, run)
+        check_devices(run)
         self.run_id = f"{name}-{time.monotonic_ns()}"
         budget = make_budget(layers, run, self.run_id)
+        self.scheduler = _scheduler(client, run, budget)
+        self.is_local = self.scheduler in ("threads", "sync")
         # Workers elsewhere sync what they wrote themselves: nobody else can.
-        elsewhere = not self.is_local and scheduler != "distributed"
+        elsewhere = not self.is_local and self.scheduler not in ("distributed", "dask-cuda")
         self.budget = replace(budget, environment=replace(budget.environment, sync=elsewhere))
+        self.writes = run.writes
 
     def run(self, layers: Sequence[LayerPlan], keep: bool) -> Generator[list[Receipt], None, dict[str, BaseException]]:
         """See ``run_layers``."""
@@ -139,8 +141,19 @@ class Job:
             return {}
         environment, workers = self.budget.environment, self.budget.workers
         _log.info("%d layers, %d tasks at a time, chunks of %d bytes", len(layers), workers, environment.chunk_bytes)
-        build, schedule = partial(submission, environment=environment), partial(_schedule, self.scheduler, self.budget)
-        return (yield from run_layers(layers, build, schedule, keep))
+        place = Placement(layers, self.writes)
+
+        build = partial(submission, environment=environment)
+        return (yield from run_layers(place.batches(), build, partial(self._schedule, place), keep))
+
+    def _schedule(self, place: Placement, graph: Graph, layers_of: LayersOf) -> Results:
+        """Results of the keys as they come."""
+        if self.is_local:
+            workers = 0 if self.scheduler == "sync" else self.budget.workers
+            return _local(graph, list(layers_of), self.budget, workers)
+        from .cluster import run_distributed
+
+        return run_distributed(self.scheduler, graph, layers_of, self.budget, place)
 
 
 @contextmanager
@@ -169,26 +182,19 @@ def _torch_threads() -> Iterator[None]:
         torch.set_grad_enabled(grad)
 
 
-def _check_device(run: Run) -> None:
-    """UsageError for a CUDA device that this machine does not have."""
-    if run.device == "cpu":
-        return
-    import torch
-
-    count, wanted = torch.cuda.device_count(), int(run.device.partition(":")[2] or 0)
-    if wanted >= count:
-        raise UsageError(f"device {run.device!r} is not there: torch {torch.__version__} finds {count} CUDA devices")
+def _run_on(client: Client | str | None, run: Run) -> Run:
+    """The run, on the scheduler of a client that was given."""
+    if client is None:
+        return run
+    address: Any = client if isinstance(client, str) else client.scheduler.address  # type: ignore[union-attr]
+    return replace(run, scheduler=address)
 
 
-def _schedule(scheduler: Client | str, budget: Budget, graph: Graph, keys: list[Key]) -> Results:
-    """Results of the keys as they come."""
-    if scheduler == "sync":
-        return _local(graph, keys, budget, workers=0)
-    if scheduler == "threads":
-        return _local(graph, keys, budget, workers=budget.workers)
-    from .cluster import run_distributed
-
-    return run_distributed(scheduler, graph, keys, budget)
+def _scheduler(client: Client | str | None, run: Run, budget: Budget) -> Client | str:
+    """Where the tasks go: several GPUs get a process each, whose threads take the place of this one's."""
+    if client is not None and not isinstance(client, str):
+        return client
+    return "distributed" if budget.gpus and run.scheduler == "threads" else run.scheduler
 
 
 def _local(graph: Graph, keys: list[Key], budget: Budget, workers: int) -> Results:

@@ -27,6 +27,8 @@ BATCH_LAYERS = 256
 
 Key = tuple[str, ...]
 Graph = dict[Key, GraphNode]
+LayersOf = dict[Key, list[LayerPlan]]
+"""Keys of a graph that are asked for, and the layers that each is for."""
 
 
 @dataclass(frozen=True)
@@ -143,22 +145,26 @@ def batches(layers: Sequence[LayerPlan]) -> Iterator[list[LayerPlan]]:
 
 
 def submission(
-    chosen: Iterable[list[LayerPlan]], environment: Environment
-) -> tuple[Graph, dict[Key, list[LayerPlan]]]:
-    """The fused graph of these batches, and the keys to ask for with the layers of each; a key's result is a list of
-    receipts, or a Failure.
+    chosen: Iterable[list[LayerPlan]], environment: Environment, name: str = "batch"
+) -> tuple[Graph, LayersOf]:
+    """The fused graph of these batches, biggest layers first, and the keys to ask for with the layers of each. Keys
+    begin with run and ``name``; the result of each is a list of receipts, or a Failure.
 
     The chains of a batch, joined by a node that gathers their receipts, are fused into one task, so that what flows
     along an edge stays inside one worker's thread.
     """
     graph: Graph = {}
-    layers_of: dict[Key, list[LayerPlan]] = {}
-    for number, batch in enumerate(chosen):
+    layers_of: LayersOf = {}
+    made = list(chosen)
+    # Names decide which of many equal tasks Dask begins with: the last one, or the first where some wait for others.
+    waiting = any(_shared_scale(batch[0]) for batch in made)
+    for number, batch in enumerate(made):
         nodes = stage_graph(batch, environment)
+        prefix = (environment.run_id, name, f"{number if waiting else len(made) - number:07d}")
         if batch[0].parts:
-            layers_of |= dict.fromkeys(_fuse_parts(batch[0], nodes, graph, environment.run_id), batch)
+            layers_of |= dict.fromkeys(_fuse_parts(batch[0], nodes, graph, prefix), batch)
             continue
-        key = (environment.run_id, "batch", str(number))
+        key = prefix
         wanted = [end for plan in batch for end in receipt_keys(plan)]
         gather = Task(key, gather_receipts, List(*(TaskRef(end) for end in wanted)))
         graph[key] = Task.fuse(*nodes.values(), gather, key=key)
@@ -166,7 +172,7 @@ def submission(
     return {key: _guarded(task) for key, task in graph.items()}, layers_of
 
 
-def _fuse_parts(plan: LayerPlan, nodes: Graph, graph: Graph, run_id: str) -> list[Key]:
+def _fuse_parts(plan: LayerPlan, nodes: Graph, graph: Graph, prefix: Key) -> list[Key]:
     """One task per row range, and with a shared scale one more for its amax; edges carry single numbers."""
     keys = []
     shared = _shared_scale(plan)
@@ -178,7 +184,7 @@ def _fuse_parts(plan: LayerPlan, nodes: Graph, graph: Graph, run_id: str) -> lis
             amax_key = ("amax", plan.layer.name, *suffix)
             graph[amax_key] = Task.fuse(*chain[:before], nodes[amax_key], key=amax_key)
         end = nodes[("receipt", plan.layer.name, *suffix)]
-        key = (run_id, "batch", plan.layer.name, *suffix)
+        key = (*prefix, plan.layer.name, *suffix)
         graph[key] = Task.fuse(*chain, end, Task(key, gather_receipts, List(TaskRef(end.key))), key=key)
         keys.append(key)
     if shared is not None:

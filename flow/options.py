@@ -109,16 +109,20 @@ RUNNING: Options = [
     click.option("--memory", metavar="SIZE",
                  help="What the process may use, such as 8GB. Default: half of what is free."),
     click.option("--workers", type=int, metavar="N",
-                 help="Tasks at a time. Default: as many as cores and memory allow."),
-    click.option("--device", metavar="DEVICE", help="cpu (default), cuda or cuda:0."),
+                 help="Tasks at a time; on several GPUs: of each. Default: as many as cores and memory allow."),
+    click.option("--device", metavar="DEVICE",
+                 help="cpu (default), cuda (every visible GPU), cuda:0, or several: cuda:0,cuda:1."),
     click.option("--scheduler", metavar="NAME|ADDRESS",
-                 help="threads (default), sync, distributed, or a Dask scheduler such as tcp://host:8786."),
-    click.option("--resume", metavar="WHEN",
+                 help="threads (default), sync, distributed, dask-cuda, or a Dask scheduler such as tcp://host:8786."),
+    click.option("--writes", metavar="shared|exclusive",
+                 help="exclusive: each output file is written by workers of one machine only, for file systems that do "
+                 "not keep the writes of several apart. Default: shared."),
+    click.option("--resume", metavar="auto|never|require",
                  help="What an earlier run of the same conversion finished: auto (default) continues it, never starts "
                  "over, require fails when there is none."),
     click.option("--verify/--no-verify", default=None,
                  help="Before continuing, read what is finished again and compare it with its checksums."),
-    click.option("--on-error", metavar="WHAT",
+    click.option("--on-error", metavar="stop|keep",
                  help="A layer that fails, after retries: stop (default), or keep it as it is and say so."),
     click.option("--overwrite/--no-overwrite", default=None,
                  help="Replace an existing output, once the new one is complete."),
@@ -147,7 +151,7 @@ _OF_ONE_FORMAT = ("scaling", "block_size", "rotate", "input_scale")
 """Settings of a recipe that mean nothing once ``--format`` names another format."""
 _OF_ONE_SCALING = ("block_size", "rotate")
 _LORA = ("rank", "target", "depth", "ar_threshold", "method", "budget", "dtype", "dialect", "output")
-_RUN = ("workers", "device", "scheduler", "resume", "verify", "on_error")
+_RUN = ("workers", "device", "scheduler", "writes", "resume", "verify", "on_error")
 _TARGET = ("preset", "include", "exclude", "fallback", "rules", "heuristics")
 
 

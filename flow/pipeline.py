@@ -33,10 +33,10 @@ class Pipeline:
 
     Args:
         memory: What the process may use, in bytes or as ``"8GB"``; by default half of what is free.
-        workers: Tasks at a time; by default as many as cores and memory allow.
-        device: ``cpu``, ``cuda`` or ``cuda:<index>``.
-        scheduler: ``threads``, ``sync``, ``distributed`` or the address of a Dask scheduler.
-        run: Other fields of ``quantloom.flow.recipe.Run``: ``resume``, ``verify``, ``on_error``.
+        workers: Tasks at a time (on several GPUs: of each); by default as many as cores and memory allow.
+        device: ``cpu``, ``cuda`` (every visible GPU), ``cuda:<index>``, or several such as ``cuda:0,cuda:1``.
+        scheduler: ``threads``, ``sync``, ``distributed``, ``dask-cuda`` or the address of a Dask scheduler.
+        run: Other fields of ``quantloom.flow.recipe.Run``: ``writes``, ``resume``, ``verify``, ``on_error``.
     """
 
     __slots__ = ("_recipe",)

@@ -20,9 +20,9 @@ from .sizes import parse_size
 
 RECIPE_VERSION = 1
 DIALECTS = ("comfy",)
-SCHEDULERS = ("threads", "sync", "distributed")
-RESUME = ("auto", "never", "require")
-ON_ERROR = ("stop", "keep")
+SCHEDULERS = ("threads", "sync", "distributed", "dask-cuda")
+_WORDS = {"writes": ("shared", "exclusive"), "resume": ("auto", "never", "require"), "on_error": ("stop", "keep")}
+"""What fields of Run may be."""
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,12 @@ class Run:
     workers: int | None = None
     """Tasks at a time; None: as many as cores and memory allow."""
     device: str = "cpu"
-    """cpu, cuda or cuda:<index>."""
+    """cpu, cuda (every visible GPU), cuda:<index>, or several such as cuda:0,cuda:1: a process for each."""
     scheduler: str = "threads"
-    """threads, sync, distributed (a local cluster), or the address of a Dask scheduler."""
+    """threads, sync, distributed (a local cluster), dask-cuda (one of GPUs), or the address of a Dask scheduler."""
+    writes: str = "shared"
+    """shared: every worker writes into every file; exclusive: each file is written by workers of one machine only, for
+    file systems that do not keep the writes of several machines apart."""
     resume: str = "auto"
     """auto: continue what an earlier run of the same conversion left; never: start over; require: refuse to."""
     verify: bool = False
@@ -72,9 +75,12 @@ class Run:
         if self.scheduler not in SCHEDULERS and "://" not in self.scheduler:
             hint = did_you_mean(self.scheduler, SCHEDULERS)
             raise UsageError(f"unknown scheduler {shown(self.scheduler)}{hint}; or an address such as tcp://host:8786")
-        if not re.fullmatch(r"cpu|cuda(:[0-9]{1,9})?", self.device):
-            raise UsageError(f"unknown device {shown(self.device)}; known: cpu, cuda, cuda:0")
-        for name, known in (("resume", RESUME), ("on_error", ON_ERROR)):
+        if not re.fullmatch(r"cpu|cuda|cuda:[0-9]{1,9}(,cuda:[0-9]{1,9})*", self.device):
+            raise UsageError(f"unknown device {shown(self.device)}; known: cpu, cuda, cuda:0, cuda:0,cuda:1")
+        named = self.device.split(",")
+        if twice := [name for name in named if named.count(name) > 1]:
+            raise UsageError(f"device {shown(self.device)} names {twice[0]} twice")
+        for name, known in _WORDS.items():
             if (value := getattr(self, name)) not in known:
                 raise UsageError(f"unknown {name} {shown(value)}{did_you_mean(value, known)}")
         if self.workers is not None and self.workers < 1:
@@ -86,6 +92,7 @@ class Run:
 class OtherRun(TypedDict, total=False):
     """Fields of Run that are rarely given."""
 
+    writes: str
     resume: str
     verify: bool
     on_error: str

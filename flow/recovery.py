@@ -9,11 +9,12 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Generator, Iterable, Sequence
+from typing import Protocol
 
 from ..formats.errors import PlanError, SinkError, UsageError, is_transient
 from ..stages.cancelling import Cancelled
 from ..stages.work import LayerPlan, Receipt
-from .graph import Failure, Graph, Key, Results, batches
+from .graph import Failure, Graph, LayersOf, Results
 
 _log = logging.getLogger(__name__)
 
@@ -22,24 +23,28 @@ RETRIES = 2
 PAUSE = 1.0
 """Seconds before it is; then four times as long."""
 
-Schedule = Callable[[Graph, list[Key]], Results]
+Schedule = Callable[[Graph, LayersOf], Results]
 """Runs a graph."""
-Build = Callable[[Iterable[list[LayerPlan]]], tuple[Graph, dict[Key, list[LayerPlan]]]]
-"""Makes it from batches of layers; and which layers each of its last keys is for."""
+
+
+class Build(Protocol):
+    """Makes a graph from batches of layers; its keys begin with ``name``."""
+
+    def __call__(self, chosen: Iterable[list[LayerPlan]], *, name: str) -> tuple[Graph, LayersOf]: ...
 
 
 def run_layers(
-    layers: Sequence[LayerPlan], build: Build, schedule: Schedule, keep: bool
+    chosen: Iterable[list[LayerPlan]], build: Build, schedule: Schedule, keep: bool
 ) -> Generator[list[Receipt], None, dict[str, BaseException]]:
-    """Receipts as tasks finish; returns errors by the names of layers that failed for good. Only with ``keep`` there
-    are any: otherwise the first such error is raised."""
-    waiting = list(batches(layers))
+    """Receipts of batches as tasks finish; returns errors by the names of layers that failed for good. Only with
+    ``keep`` there are any: otherwise the first such error is raised."""
+    waiting = list(chosen)
     failed: dict[str, BaseException] = {}
     for attempt in range(RETRIES + 1):
         last = attempt == RETRIES
         again: dict[str, list[LayerPlan]] = {}
-        graph, layers_of = build(waiting)
-        for key, found in schedule(graph, list(layers_of)):
+        graph, layers_of = build(waiting, name=f"batch {attempt}")
+        for key, found in schedule(graph, layers_of):
             if not isinstance(found, Failure):
                 yield found
                 continue

@@ -20,9 +20,9 @@ def prepare_thread(environment: Environment) -> None:
     keep_freed_memory()
     set_tile(environment.chunk_bytes // 16)
     torch.set_grad_enabled(False)
+    if torch.get_num_threads() != environment.threads:  # on a GPU too: small factorizations are made on the CPU
+        torch.set_num_threads(environment.threads)
     if environment.device == "cpu":
-        if torch.get_num_threads() != environment.threads:
-            torch.set_num_threads(environment.threads)
         return
     torch.cuda.set_device(environment.device if ":" in environment.device else 0)
     if torch.cuda.current_stream() == torch.cuda.default_stream():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -27,6 +27,67 @@ def scratch(key: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.
     if buffer is None or buffer.numel() < nbytes:
         buffer = pool[key] = torch.empty(nbytes, dtype=torch.uint8)
     return buffer[:nbytes].view(dtype).view(shape)
+
+
+class _Pinned:
+    """Page-locked host memory, and a mark behind the last copy out of it."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.buffer = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+        self.copied = torch.cuda.Event()
+
+    def bytes(self, count: int) -> torch.Tensor:
+        """The first ``count`` bytes, once the copy that still reads them is over."""
+        self.copied.synchronize()
+        return self.buffer[:count]
+
+
+_TURNS = 2
+"""Host buffers of each key: one is filled while the other is copied to the GPU."""
+
+
+def upload(key: str, count: int, device: torch.device, fill: Callable[[memoryview], None]) -> torch.Tensor:
+    """``count`` bytes that ``fill`` writes into host memory, uint8 (count,) on ``device``.
+
+    On a CPU it is scratch memory. For a GPU the host memory is page-locked, and the copy goes on in this thread's
+    stream while the thread reads the next chunk into another buffer; none is filled again before its copy is over.
+    """
+    if device.type == "cpu":
+        target = scratch(key, (count,), torch.uint8, device)
+        fill(target.numpy().data)
+        return target
+    pool: dict[tuple[str, int], _Pinned] = _local.__dict__.setdefault("pinned", {})
+    turns: dict[str, int] = _local.__dict__.setdefault("turns", {})
+    turn = turns[key] = (turns.get(key, -1) + 1) % _TURNS
+    pinned = pool.get((key, turn))
+    if pinned is None or pinned.buffer.numel() < count:
+        if pinned is not None:
+            pinned.copied.synchronize()
+        pinned = pool[key, turn] = _Pinned(count)
+    host = pinned.bytes(count)
+    fill(host.numpy().data)
+    moved = host.to(device, non_blocking=True)
+    pinned.copied.record()
+    return moved
+
+
+def download(key: str, x: torch.Tensor) -> torch.Tensor:
+    """``x`` on the CPU: itself, or in page-locked memory that this thread may use until it asks for ``key`` again.
+
+    Waits for this thread's stream alone; other threads go on with theirs.
+    """
+    if x.device.type == "cpu":
+        return x
+    x = x.contiguous()
+    pool: dict[tuple[str, int], _Pinned] = _local.__dict__.setdefault("pinned", {})
+    pinned = pool.get((key, 0))
+    if pinned is None or pinned.buffer.numel() < x.nbytes:
+        pinned = pool[key, 0] = _Pinned(x.nbytes)
+    host = pinned.buffer[: x.nbytes].view(x.dtype).view(x.shape)
+    host.copy_(x, non_blocking=True)
+    pinned.copied.record()
+    pinned.copied.synchronize()
+    return host
 
 
 def set_tile(size: int) -> None:

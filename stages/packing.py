@@ -11,6 +11,7 @@ import torch
 from ..formats.comfy import Storage
 from ..formats.format import Format
 from ..formats.registry import make_format
+from ..formats.scratch import download
 from ..formats.swizzle import TILE_ROWS, swizzle
 from .reading import chunk_elements
 from .work import Chunk, Environment, LayerPlan, Work
@@ -36,7 +37,8 @@ class Pack:
                 codes = chunk.codes
                 if self.storage.layout.high_nibble_first:
                     codes = (codes << 4) | (codes >> 4)
-                chunk.writes = [(self.storage.codes.name, chunk.start * self.storage.codes.row_bytes, codes.cpu())]
+                place = chunk.start * self.storage.codes.row_bytes
+                chunk.writes = [(self.storage.codes.name, place, download("codes out", codes))]
                 if chunk.start + codes.shape[0] == work.plan.rows:
                     chunk.writes += self._padding(work.plan.rows)
                 chunk.writes += scales.add(chunk, last=chunk.start + codes.shape[0] == stop)
@@ -70,9 +72,10 @@ class _Rows:
         assert chunk.scales is not None
         stored = chunk.scales.stored.contiguous()
         if self.fmt.scaling == "tensor":
-            return [(self.name, 0, stored.cpu())] if chunk.start == 0 else []
+            return [(self.name, 0, download("scales out", stored))] if chunk.start == 0 else []
         row = chunk.start // self.fmt.rows_multiple
-        return [(self.name, row * stored[0].numel() * stored.element_size(), stored.cpu())]
+        place = row * stored[0].numel() * stored.element_size()
+        return [(self.name, place, download("scales out", stored))]
 
 
 class _Tiles:
@@ -91,7 +94,7 @@ class _Tiles:
             return []
         gathered = torch.cat(self.pending)
         tiles = swizzle(gathered[:ready])
-        write = (self.name, self.start * tiles.shape[1], tiles.cpu())
+        write = (self.name, self.start * tiles.shape[1], download("scales out", tiles))
         self.start += ready
         self.pending = [gathered[ready:].clone()]
         return [write]

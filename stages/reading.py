@@ -12,10 +12,12 @@ import torch
 from ..formats.encoding import Encoding
 from ..formats.fileio import Reader
 from ..formats.layers import Layer
-from ..formats.scratch import scratch
+from ..formats.scratch import scratch, upload
 from ..formats.tensors import TensorRef, torch_dtype
 from .cancelling import check_cancelled
 from .work import Chunk, Environment, LayerPlan, Work
+
+_CPU = torch.device("cpu")
 
 
 def row_chunks(
@@ -48,13 +50,17 @@ def decoded_row_bytes(encoding: Encoding) -> int:
     return 2 * encoding.shape[1]
 
 
-def read_rows(reader: Reader, ref: TensorRef, rows: tuple[int, int], key: str) -> torch.Tensor:
-    """Rows of a stored two-dimensional tensor in a CPU buffer that is reused at the next call with this key."""
+def read_rows(
+    reader: Reader, ref: TensorRef, rows: tuple[int, int], key: str, device: torch.device = _CPU
+) -> torch.Tensor:
+    """Rows of a stored two-dimensional tensor on ``device``; a CPU buffer is reused at the next call with this key."""
     start, stop = rows
-    count = (stop - start) * ref.row_bytes
-    buffer = scratch(key, (count,), torch.uint8, torch.device("cpu"))
-    reader.read_into(buffer.numpy().data, ref.start + start * ref.row_bytes)
-    return buffer.view(torch_dtype(ref.dtype)).view(stop - start, math.prod(ref.shape[1:]))
+
+    def fill(target: memoryview) -> None:
+        reader.read_into(target, ref.start + start * ref.row_bytes)
+
+    stored = upload(key, (stop - start) * ref.row_bytes, device, fill)
+    return stored.view(torch_dtype(ref.dtype)).view(stop - start, math.prod(ref.shape[1:]))
 
 
 def read_whole(ref: TensorRef) -> torch.Tensor:
@@ -119,15 +125,16 @@ class Read:
         def stream(start: int, stop: int) -> Iterator[Chunk]:
             with Reader(ref.path) as reader:
                 for rows in row_chunks((start, stop), ref.row_bytes, work.environment, self.multiple):
-                    yield Chunk(rows[0], read_rows(reader, ref, rows, "read").to(device))
+                    yield Chunk(rows[0], read_rows(reader, ref, rows, "read", device))
 
         work.stream = stream
         return work
 
     def memory(self, plan: LayerPlan, environment: Environment) -> int:
-        """The rows as stored, on the CPU and on the device."""
+        """The rows as stored, on the CPU (twice for a GPU: one buffer is filled, one copied) and on the device."""
         weight = plan.layer.weight
-        return chunk_elements(plan, environment) * 2 * max(2, weight.row_bytes // max(1, weight.shape[1]))
+        copies = 2 if environment.device == "cpu" else 3
+        return chunk_elements(plan, environment) * copies * max(2, weight.row_bytes // max(1, weight.shape[1]))
 
 
 @dataclass(frozen=True)
@@ -153,8 +160,8 @@ class Decode:
         return work
 
     def memory(self, plan: LayerPlan, environment: Environment) -> int:
-        """Codes, integer indices into the code table, and float32 rows twice."""
-        return chunk_elements(plan, environment) * 18
+        """Codes, integer indices into the code table, and float32 rows twice; for a GPU codes in two host buffers."""
+        return chunk_elements(plan, environment) * (18 if environment.device == "cpu" else 20)
 
 
 def reader(layer: Layer, multiple: int = 1) -> Read | Decode:
@@ -170,8 +177,8 @@ def decode_rows(
     def part(ref: TensorRef | None, wanted: tuple[int, int], key: str) -> torch.Tensor | None:
         if ref is None:
             return None
-        stored = read_rows(readers[ref.path], _as_rows(ref), wanted, key)
-        return stored.view(stored.shape[0], *ref.shape[1:]).to(device)
+        stored = read_rows(readers[ref.path], _as_rows(ref), wanted, key, device)
+        return stored.view(stored.shape[0], *ref.shape[1:])
 
     codes = part(encoding.codes, rows, "codes")
     scales = None if encoding.scales is None else part(encoding.scales, encoding.scale_range(*rows), "scales")

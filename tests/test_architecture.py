@@ -19,7 +19,8 @@ MOST_PARAMETERS = 7
 KNOWN_THIRD_PARTIES = {
     "formats": {"torch", "numpy", "xxhash"},
     "stages": {"torch", "numpy", "triton", "xxhash", "yaml", "zarr", "prodigyplus"},
-    "flow": {"torch", "dask", "distributed", "psutil", "click", "rich", "filelock", "transformers", "diffusers"},
+    "flow": {"torch", "dask", "distributed", "dask_cuda", "psutil", "click", "rich", "filelock", "transformers",
+             "diffusers"},
 }
 
 
