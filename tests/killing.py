@@ -201,7 +201,8 @@ def _convert(arguments: list[str], case: Case, moment: Moment, words: str) -> No
             raise CheckpointError(f"{case.fails}: broken for good")
         return real(step, work)
 
-    writing.Write.run = run  # type: ignore[method-assign]
+    if case.fails:
+        writing.Write.run = run  # type: ignore[method-assign]
     with open(words, "w") as file:
         for number in (1, 2):
             os.dup2(file.fileno(), number)
@@ -287,7 +288,9 @@ class Bench:
         arguments += ["--scheduler", self.case.scheduler, *options]
         words = self._folder / "words.txt"
         words.unlink(missing_ok=True)
-        process = _forks().Process(target=_convert, args=(arguments, self.case, moment, str(words)))
+        alone = "distributed" in arguments or any("://" in word for word in arguments)  # Dask in a fork stands still
+        start = multiprocessing.get_context("spawn") if alone else _forks()
+        process = start.Process(target=_convert, args=(arguments, self.case, moment, str(words)))
         process.start()
         _await(process, moment, place, strike)
         process.join(_MOST_SECONDS)
