@@ -185,15 +185,12 @@ class Disk:
 
 def _convert(arguments: list[str], case: Case, moment: Moment, words: str) -> None:
     """The command, in a process of its own; ``words``: a file for what it prints and the number of its calls."""
-    import dask
-
     from quantloom.flow import cli, graph, parts, recovery, session
     from quantloom.formats.errors import CheckpointError
     from quantloom.stages import writing
 
     session.INTERVAL, session.SHARE, recovery.PAUSE = 0.01, 0, 0.0
     graph.BATCH_BYTES, parts.PART_BYTES = 1, 40_000
-    dask.config.set({"distributed.worker.preload": [str(slow_preload(Path(words).parent))]})
     real = writing.Write.run
 
     def run(step: writing.Write, work: Any) -> Any:
@@ -288,7 +285,7 @@ class Bench:
         arguments += ["--scheduler", self.case.scheduler, *options]
         words = self._folder / "words.txt"
         words.unlink(missing_ok=True)
-        alone = "distributed" in arguments or any("://" in word for word in arguments)  # Dask in a fork stands still
+        alone = "distributed" in arguments or any("://" in word for word in arguments)  # Dask has threads of its own
         start = multiprocessing.get_context("spawn") if alone else _forks()
         process = start.Process(target=_convert, args=(arguments, self.case, moment, str(words)))
         process.start()
@@ -378,7 +375,7 @@ def workers_of(pid: int) -> list[int]:
 
 
 class ByHand:
-    """A Dask scheduler and workers, started as people do, whose workers are slow."""
+    """A Dask scheduler and workers, started as people do."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -401,9 +398,8 @@ class ByHand:
         self.add_worker()
 
     def add_worker(self) -> None:
-        slow = slow_preload(self._folder)
-        self.nannies.append(self._start("worker", self.address, "--nthreads", "1", "--preload", str(slow),
-                                        "--local-directory", str(self._folder)))  # fmt: skip
+        self.nannies.append(self._start("worker", self.address, "--nthreads", "1", "--local-directory",
+                                        str(self._folder)))  # fmt: skip
 
     def _start(self, *words: str) -> subprocess.Popen[bytes]:
         with (self._folder / "dask.txt").open("ab") as log:
@@ -421,24 +417,6 @@ class ByHand:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self.nannies, self.scheduler = [], None
-
-
-_SLOW = """
-import time
-from quantloom.stages import writing
-real = writing.Write.run
-def slow(self, work):
-    time.sleep(0.15)
-    return real(self, work)
-writing.Write.run = slow
-"""
-
-
-def slow_preload(folder: Path) -> Path:
-    """A file that makes the workers that load it take their time."""
-    path = folder / "slow.py"
-    path.write_text(_SLOW)
-    return path
 
 
 def shown(outcome: Outcome) -> str:

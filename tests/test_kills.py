@@ -111,16 +111,18 @@ def by_hand(tmp_path: Path) -> Iterator[ByHand]:
         yield cluster
 
 
+@pytest.mark.slow
 def test_a_worker_of_our_own_cluster_is_killed(bench: Bench) -> None:
     place = bench.place("worker")
-    ended = bench.run(place, Moment(lines=4), "distributed", lambda pid: kill(workers_of(pid)[0]))
+    ended = bench.run(place, Moment(lines=2), "distributed", lambda pid: kill(workers_of(pid)[0]))
     assert ended.status == 0, ended.words
     assert listing(place) == bench.whole
 
 
+@pytest.mark.slow
 def test_the_client_with_our_own_cluster_is_killed(bench: Bench) -> None:
     place = bench.place("client")
-    assert bench.run(place, Moment(lines=4), "distributed").status == -9
+    assert bench.run(place, Moment(lines=2), "distributed").status == -9
     assert any(name.endswith(".part") for name in listing(place))
     assert bench.run(place).status == 0
     assert listing(place) == bench.whole
@@ -155,10 +157,10 @@ STRIKES: dict[str, Callable[[ByHand], None]] = {
 def test_a_cluster_by_hand(victim: str, bench: Bench, by_hand: ByHand) -> None:
     place = bench.place(f"by hand, {victim}")
     if victim == "client":
-        assert bench.run(place, Moment(lines=4), by_hand.address).status == -9
+        assert bench.run(place, Moment(lines=2), by_hand.address).status == -9
         assert bench.run(place, scheduler=by_hand.address).status == 0
     else:
-        ended = bench.run(place, Moment(lines=4), by_hand.address, lambda _: STRIKES[victim](by_hand))
+        ended = bench.run(place, Moment(lines=2), by_hand.address, lambda _: STRIKES[victim](by_hand))
         if victim == "scheduler":
             assert ended.status == 1
             assert "the Dask scheduler went away" in " ".join(ended.words.split())
