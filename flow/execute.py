@@ -89,7 +89,7 @@ def run_plan(plan: Plan, client: Client | str | None = None, progress: Progress 
 
 def _work(session: Session, job: Job, watcher: Progress) -> dict[str, BaseException]:
     """Every layer that is left; errors of those that failed for good."""
-    if session.committing:
+    if session.committing:  # all data was there; layers that were kept because they failed are not in the journal
         return {}
     keep = session.plan.recipe.run.on_error == "keep"
     with closing(job.run(left_over(session.plan, session.receipts), keep)) as running:
@@ -142,15 +142,13 @@ class Job:
         environment, workers = self.budget.environment, self.budget.workers
         _log.info("%d layers, %d tasks at a time, chunks of %d bytes", len(layers), workers, environment.chunk_bytes)
         place = Placement(layers, self.writes)
-
         build = partial(submission, environment=environment)
         return (yield from run_layers(place.batches(), build, partial(self._schedule, place), keep))
 
     def _schedule(self, place: Placement, graph: Graph, layers_of: LayersOf) -> Results:
         """Results of the keys as they come."""
         if self.is_local:
-            workers = 0 if self.scheduler == "sync" else self.budget.workers
-            return _local(graph, list(layers_of), self.budget, workers)
+            return _local(graph, layers_of, self.budget, 0 if self.scheduler == "sync" else self.budget.workers)
         from .cluster import run_distributed
 
         return run_distributed(self.scheduler, graph, layers_of, self.budget, place)
@@ -197,7 +195,7 @@ def _scheduler(client: Client | str | None, run: Run, budget: Budget) -> Client 
     return "distributed" if budget.gpus and run.scheduler == "threads" else run.scheduler
 
 
-def _local(graph: Graph, keys: list[Key], budget: Budget, workers: int) -> Results:
+def _local(graph: Graph, layers_of: LayersOf, budget: Budget, workers: int) -> Results:
     """Dask's own threaded or synchronous scheduler; results are handed over as tasks finish.
 
     The scheduler runs beside the caller's thread, which therefore stays free for Ctrl-C. Leaving early (an error, an
@@ -211,10 +209,9 @@ def _local(graph: Graph, keys: list[Key], budget: Budget, workers: int) -> Resul
     from dask.threaded import get
 
     results: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    wanted = set(keys)
 
     def finished(key: Key, value: Any, _dsk: Any, _state: Any, _worker: Any) -> None:
-        if key in wanted:
+        if key in layers_of:
             results.put((key, value))
 
     def drive() -> None:
@@ -223,13 +220,13 @@ def _local(graph: Graph, keys: list[Key], budget: Budget, workers: int) -> Resul
             if workers:
                 with ThreadPoolExecutor(workers, thread_name_prefix="quantloom") as pool:
                     try:
-                        get(graph, keys, pool=pool, num_workers=workers, callbacks=callbacks)
+                        get(graph, list(layers_of), pool=pool, num_workers=workers, callbacks=callbacks)
                     except BaseException:
                         cancel(budget.environment.run_id)
                         pool.shutdown(cancel_futures=True)
                         raise
             else:
-                get_sync(graph, keys, callbacks=callbacks)
+                get_sync(graph, list(layers_of), callbacks=callbacks)
             results.put(None)
         except BaseException as error:  # raised again in the caller's thread
             results.put(error)

@@ -148,9 +148,7 @@ def batches(layers: Sequence[LayerPlan]) -> Iterator[list[LayerPlan]]:
         yield pending
 
 
-def submission(
-    chosen: Iterable[list[LayerPlan]], environment: Environment
-) -> tuple[Graph, LayersOf]:
+def submission(chosen: Iterable[list[LayerPlan]], environment: Environment) -> tuple[Graph, LayersOf]:
     """The fused graph of these batches, biggest layers first, and the keys to ask for with the layers of each; the
     result of each is a list of receipts, or a Failure. A batch's chains, joined by a node that gathers their receipts,
     are fused into one task, so that what flows along an edge stays inside one worker's thread."""
@@ -165,8 +163,7 @@ def submission(
         if batch[0].parts:
             layers_of |= dict.fromkeys(_fuse_parts(batch[0], nodes, graph, key), batch)
             continue
-        wanted = [end for plan in batch for end in receipt_keys(plan)]
-        gather = Task(key, gather_receipts, List(*(TaskRef(end) for end in wanted)))
+        gather = Task(key, gather_receipts, List(*(TaskRef(end) for plan in batch for end in receipt_keys(plan))))
         graph[key] = Task.fuse(*nodes.values(), gather, key=key)
         layers_of[key] = batch
     run = environment.run_id, str(next(_submissions))
@@ -217,9 +214,7 @@ class Guarded:
             return Failure(error)
 
 
-def start(
-    plan: LayerPlan, rows: tuple[int, int], environment: Environment, step: Step, _after: Receipt | None = None
-) -> Work:
+def start(plan: LayerPlan, rows: tuple[int, int], environment: Environment, step: Step, _after: object = None) -> Work:
     """A fresh work with the first step's stream. Whatever it waited for is done."""
     prepare_thread(environment)
     work = Work(plan, rows, environment, started=time.perf_counter())
@@ -244,8 +239,7 @@ def combine_amaxes(plan: LayerPlan, environment: Environment, amaxes: Sequence[f
 
 def apply_scale(step: Scale, work: Work, whole: float) -> Work:
     """The scale step, given the scale of the whole tensor."""
-    work = replace(work, whole=whole)
-    return step.run(work)
+    return step.run(replace(work, whole=whole))
 
 
 def make_receipt(work: Work) -> Receipt:

@@ -134,9 +134,7 @@ WRITING: Options = [
 ]
 
 DRY_RUN = click.option("--dry-run", is_flag=True, help="Show what would be done, and write nothing.")
-
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
-
 TALKING: Options = [
     click.option("-q", "--quiet", is_flag=True, help="Print errors only."),
     click.option("-v", "--verbose", count=True, help="Log what is done; twice: everything."),

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import stat
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
-from ..formats.errors import CheckpointError
+from ..formats.errors import CheckpointError, SinkError
 from ..formats.fileio import Reader, Writer, create_sparse, sync_dir, sync_file
+from ..formats.manifest import is_finished
 from ..formats.places import Place
 from ..formats.shards import Shard
 from ..stages.work import Receipt
@@ -28,11 +30,11 @@ def create_parts(plan: Plan) -> None:
     """Shards with their headers and all tensors whose bytes are known already."""
     for shard in shards_of(plan):
         create_sparse(part(Path(shard.path)), shard.size, shard.head)
-    _fill(plan, {str(Path(shard.path).absolute()) for shard in shards_of(plan)})
+    _fill(plan)
     _sync_folders(plan)
 
 
-def wrong_parts(plan: Plan, receipts: Sequence[Receipt]) -> dict[str, str]:
+def wrong_parts(plan: Plan) -> dict[str, str]:
     """Parts of an earlier run that are not its own any more: by final path, what is wrong. Changes nothing."""
     wrong = {}
     for shard in shards_of(plan):
@@ -46,19 +48,42 @@ def wrong_parts(plan: Plan, receipts: Sequence[Receipt]) -> dict[str, str]:
             wrong[shard.path] = f"{path} is no regular file"
         elif status.st_size != shard.size:
             wrong[shard.path] = f"{path} has {status.st_size} bytes instead of {shard.size}"
-        elif (head := _start(path, len(shard.head))) != shard.head and head != _finished_head(plan, shard, receipts):
+        elif (head := _start(path, len(shard.head))) != shard.head and not is_finished(head, shard.head):
             wrong[shard.path] = f"{path} does not begin with the header that this conversion writes"
     return wrong
 
 
 def mend_parts(plan: Plan, wrong: Collection[str]) -> None:
-    """Creates the parts of these final paths anew, and writes what is known already into all of them: those that hold
-    no finished layer were never synced."""
+    """Creates the parts of these final paths anew. Heads, and what is known without any work, are written to the others
+    again: nothing says that it had reached the device before the power went."""
     for shard in shards_of(plan):
+        path = part(Path(shard.path))
         if shard.path in wrong:
-            create_sparse(part(Path(shard.path)), shard.size, shard.head)
-    _fill(plan, {str(Path(shard.path).absolute()) for shard in shards_of(plan)})
+            create_sparse(path, shard.size, shard.head)
+            continue
+        with Writer(path) as writer:
+            writer.write(shard.head, 0)
+    _fill(plan)
     _sync_folders(plan)
+
+
+def check_complete(plan: Plan) -> None:
+    """SinkError unless every safetensors file that is there, a part or under its name already, has the size and the
+    finished head of this plan: its journal says so, but parts may have been deleted or exchanged since."""
+    for shard in shards_of(plan):
+        path = Path(shard.path)
+        place = part(path) if os.path.lexists(part(path)) else path
+        if not os.path.lexists(place):
+            continue  # whether it can be missing is for the exchange to say
+        size = place.lstat().st_size
+        if size != shard.size:
+            problem = f"has {size} bytes instead of {shard.size}"
+        elif not is_finished(_start(place, len(shard.head)), shard.head):
+            problem = "does not begin with the finished header of this conversion"
+        else:
+            continue
+        way = "delete its journal and the *.part files beside it to start over"
+        raise SinkError(f"{place}: {problem}: the output of the earlier run is not whole; {way}")
 
 
 def _start(path: Path, length: int) -> bytes:
@@ -66,13 +91,6 @@ def _start(path: Path, length: int) -> bytes:
     with Reader(path) as reader:
         reader.read_into(memoryview(found), 0)
     return bytes(found)
-
-
-def _finished_head(plan: Plan, shard: Shard, receipts: Sequence[Receipt]) -> bytes:
-    """An adapter's header has its errors once every layer is done; other headers never change."""
-    if plan.adapter is None or shard is not plan.adapter.shard:
-        return shard.head
-    return plan.adapter.head({receipt.name: receipt.gain for receipt in receipts if receipt.gain is not None})
 
 
 def remove_parts(plan: Plan) -> None:
@@ -112,8 +130,8 @@ def sidecar_content(plan: Plan, path: Place) -> bytes:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
 
 
-def _fill(plan: Plan, paths: Collection[str]) -> None:
-    """Writes what is known already into the parts of these files (absolute final paths)."""
+def _fill(plan: Plan) -> None:
+    """Writes what is known already into the parts."""
     known: dict[str, list[tuple[int, bytes]]] = {}
     for layer in plan.layers:
         slots = {slot.name: slot for slot in layer.slots}
@@ -123,7 +141,7 @@ def _fill(plan: Plan, paths: Collection[str]) -> None:
             own = {slot.name: slot for slot in layer.adapter.slots}
             for spec, content in layer.adapter.tensors.constants:
                 known.setdefault(own[spec.name].path, []).append((own[spec.name].start, content))
-    for path in known.keys() & paths:  # one file at a time: there may be more shards than descriptors
+    for path in known:  # one file at a time: there may be more shards than descriptors
         with Writer(part(Path(path))) as writer:
             for start, content in known[path]:
                 writer.write(content, start)

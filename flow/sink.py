@@ -16,7 +16,7 @@ from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
 
-from ..formats.errors import CheckpointError, NonFiniteError, PlanError, QuantloomError, SinkError, UsageError, listed
+from ..formats.errors import CheckpointError, NonFiniteError, PlanError, QuantloomError, SinkError, UsageError
 from ..formats.fileio import Writer, sync_dir, sync_file
 from ..formats.shards import index_file, is_store
 from ..stages.writing import PART_SUFFIX
@@ -26,17 +26,17 @@ from .commit import PREVIOUS_SUFFIX, HalfwayError, check_unchanged, exchange, fi
 from .output_files import final_paths, folders_of, leftovers, locks_of, log_of, sidecars_of, stale_files
 from .part_files import (
     PartSync,
+    check_complete,
     create_parts,
     mend_parts,
     remove_parts,
-    shards_of,
     sidecar_content,
     write_part,
     wrong_parts,
 )
 from .plan import Plan, make_plan
-from .resume import damaged, earlier_run, finished, left_over
-from .run_journal import GIVE_UP, Record, again_line, committing_line, head_of, lines_of, undone_line
+from .resume import damaged, earlier_run, finished
+from .run_journal import Record, again_line, committing_line, head_of, lines_of, undone_line
 from .salvage import BEFORE_SUFFIX, put_back
 from .session import Session
 from .sizes import count
@@ -105,6 +105,7 @@ def _continue(plan: Plan, record: Record) -> Session:
     if record.committing is not None:
         kept = {**plan.settled.kept, **record.committing}
         final = make_plan(plan.recipe, replace(plan.settled, kept=kept)) if record.committing else plan
+        check_complete(final)
         session = Session(final, log, PartSync(final), record.receipts)
         session.committing, session.failed = True, dict(record.committing)
         session.notes.append("an earlier run is finished: it was stopped while its files got their names")
@@ -113,7 +114,7 @@ def _continue(plan: Plan, record: Record) -> Session:
     if record.broken:
         notes.append(f"{log.place}: {count(record.broken, 'line')} cut short or damaged: those layers are done again")
     put_back(plan)
-    wrong = wrong_parts(plan, record.receipts)
+    wrong = wrong_parts(plan)
     notes += [f"{what}: its layers are done again" for what in wrong.values()]
     done = finished(plan, record.receipts, wrong)
     if plan.recipe.run.verify and (bad := damaged(plan, done)):
@@ -195,10 +196,8 @@ def _commit(session: Session) -> None:
     plan = session.plan
     paths = final_paths(plan)
     if session.committing:
-        _check_sizes(plan)
         finish_exchange(paths, stale_files(plan), plan.output.overwrite)
     else:
-        _check_complete(session)
         _complete(session)
         for path in paths:
             sync_file(part(path))
@@ -222,24 +221,6 @@ def _commit(session: Session) -> None:
             with contextlib.suppress(OSError):
                 path.unlink()
     session.log.remove()
-
-
-def _check_sizes(plan: Plan) -> None:
-    """SinkError for a file that was exchanged since an earlier run was killed while its files got their names."""
-    for shard in shards_of(plan):
-        path = Path(shard.path)
-        at = part(path) if os.path.lexists(part(path)) else path
-        if at.exists() and at.stat().st_size != shard.size:
-            found = f"has {at.stat().st_size} bytes instead of {shard.size}"
-            raise SinkError(f"{at}: {found}: the output of the earlier run is not whole; {GIVE_UP}")
-
-
-def _check_complete(session: Session) -> None:
-    """SinkError for layers of which not every byte was reported as written: no mistake elsewhere gets a final name."""
-    if lacking := left_over(session.plan, finished(session.plan, session.receipts, ())):
-        names = listed([layer.layer.name for layer in lacking])
-        number = count(len(lacking), "layer")
-        raise SinkError(f"{session.plan.output.path}: {number} not wholly written ({names}): run again")
 
 
 def _complete(session: Session) -> None:

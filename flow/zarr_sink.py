@@ -26,7 +26,7 @@ from .output_files import log_of
 from .part_files import sidecar_content
 from .plan import Plan
 from .resume import earlier_run, finished, peek
-from .run_journal import head_of, lines_of
+from .run_journal import again_line, head_of, lines_of
 from .session import Session
 from .sizes import count, show_size
 
@@ -155,7 +155,10 @@ def _continue(plan: Plan, objects: Objects, receipts: Sequence[Receipt]) -> Sess
     }  # fmt: skip
     again = {name for layer in layers for name in _solved_with(layer) if _solved_with(layer) & bad.keys()}
     kept = [receipt for receipt in done if receipt.name not in again]
-    session = Session(plan, log_of(plan), _are_durable, kept)
+    log = log_of(plan)
+    if gone := {receipt.name for receipt in receipts} - (names - again):  # before any of it is written over
+        log.append(again_line(sorted(gone)))
+    session = Session(plan, log, _are_durable, kept)
     number = len(names - again)
     session.notes += [
         f"an earlier run is continued: {number} of {count(len(plan.layers), 'tensor')} are finished",

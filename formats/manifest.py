@@ -84,12 +84,28 @@ def finished_head(shard: Shard, sums: Mapping[str, Sequence[Piece]]) -> bytes:
             written = sum(piece.nbytes for piece in found)
             raise SinkError(
                 f"{shard.path}: tensor {shown(name)}: {written} of {end - begin} bytes were written, in {len(found)} "
-                f"pieces of at most {most}: nothing is kept; this is a fault of quantloom, please report it"
+                f"pieces of at most {most}: run again; where that does not help, please report it"
             )
         values["tensors"][name] = _stated(found)
     table[_METADATA][KEY] = _text(values)
     text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
     return seal(shard.head[:8] + text.ljust(len(shard.head) - 8))
+
+
+def is_finished(head: bytes, planned: bytes) -> bool:
+    """Whether a head is what ``finished_head`` makes of the planned one: sealed, of the same plan and source."""
+    wanted = _entry(planned)
+    if wanted is None:
+        return head == planned
+    found = _entry(head) if len(head) == len(planned) and seal(head) == head else None
+    return found is not None and (found.plan, found.source) == (wanted.plan, wanted.source)
+
+
+def _entry(head: bytes) -> Manifest | None:
+    try:
+        return parse(json.loads(head[8:]).get(_METADATA, {}), "head")
+    except (ValueError, AttributeError, RecursionError, CheckpointError):
+        return None
 
 
 def seal(head: bytes) -> bytes:

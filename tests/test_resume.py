@@ -581,7 +581,7 @@ class Two(torch.nn.Module):
         super().__init__()
         torch.manual_seed(3)
         self.q, self.k, self.v = (torch.nn.Linear(64, 64, bias=False) for _ in range(3))
-        self.o = torch.nn.Linear(64, 64, bias=False)
+        self.o = torch.nn.Linear(64, 32, bias=False)  # smaller: it comes after them
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.o(self.q(x) + self.k(x) + self.v(x))  # type: ignore[no-any-return]
