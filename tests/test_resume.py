@@ -553,6 +553,29 @@ def test_what_changed_since_a_kill_in_the_commit(what: str, tmp_path: Path) -> N
     assert journal_of(out)
 
 
+@pytest.mark.parametrize("name", ["mxfp8", "lora"])
+def test_finished_heads_are_no_reason_to_begin_again(
+    name: str, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that is stopped before its journal speaks of a commit may have written the heads with checksums."""
+    flow = Pipeline().read(checkpoint).quantize("mxfp8")
+    flow = flow.lora(rank=4) if name == "lora" else flow
+    flow.write(tmp_path / "wanted" / "out.safetensors")
+    out = tmp_path / "out" / "out.safetensors"
+
+    def stops(path: Path) -> None:
+        raise Stop
+
+    with monkeypatch.context() as patched:
+        patched.setattr(sink, "_check_sources", stops)
+        with pytest.raises(Stop):
+            flow.write(out)
+    report = flow.write(out)
+    assert not [note for note in report.notes if "done again" in note]
+    assert report.nbytes_resumed == sum(layer.layer.nbytes for layer in flow.write(out, compute=False).plan.layers)
+    assert listing(out.parent) == listing(tmp_path / "wanted")
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 def test_killed_while_failed_layers_are_kept(tmp_path: Path) -> None:
     tensors = small_tensors()

@@ -406,6 +406,21 @@ def test_finished_layers_are_not_done_again(
     assert not (store / "journal" / "00000001.jsonl").exists()
 
 
+def test_what_verify_found_is_not_forgotten(
+    one_by_one: Flow, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that reads what is finished, and stops before it did the damaged layer again."""
+    interrupted(one_by_one, monkeypatch, after=20)
+    store = tmp_path / "out.zarr"
+    looking = Flow(replace(one_by_one.recipe, run=replace(one_by_one.recipe.run, verify=True)))
+    chunk = max((path for path in store.glob("1/*/c/*") if path.is_file()), key=lambda path: path.stat().st_size)
+    chunk.write_bytes(bytes(chunk.stat().st_size))
+    interrupted(looking, monkeypatch, after=0)
+    one_by_one.compute()
+    assemble(str(store), str(tmp_path / "made"))
+    assert listing(tmp_path / "made") == listing(tmp_path / "direct")
+
+
 def test_an_unfinished_store_of_another_plan_is_never_replaced(
     one_by_one: Flow, tmp_path: Path, sharded: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
