@@ -18,7 +18,7 @@ from .. import __version__
 from ..formats.adapters import adapter_config, adapter_file, adapter_path
 from ..formats.errors import PlanError
 from ..formats.fileio import same_file
-from ..formats.safetensors import layout
+from ..formats.heads import layout
 from ..formats.shards import SUFFIX, Shard, is_single_file, lay_out
 from ..formats.source import Source
 from ..formats.tensors import Slot

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain, islice
 from typing import Any
 
 from .. import __version__
@@ -14,6 +15,7 @@ from ..formats.errors import PlanError
 from ..formats.fileio import same_file
 from ..formats.shards import Shard, lay_out, stem_of
 from ..formats.source import Source
+from ..formats.tensors import Slot
 from ..stages.origin import ENTRY, Origin
 from ..stages.stage import Context
 from ..stages.work import LayerPlan
@@ -31,9 +33,12 @@ def lay_out_model(
     groups = [layer.outputs for layer in layers]
     shards = lay_out(groups, output.path, output.shard_bytes, metadata, stem_of(source.files))
     _refuse_same_file(source, output, shards)
-    slots = {slot.name: slot for shard in shards for slot in shard.slots}
-    placed = [replace(layer, slots=tuple(slots[spec.name] for spec in layer.outputs)) for layer in layers]
-    return [split_large(layer) for layer in placed], shards
+    slots = chain.from_iterable(shard.slots for shard in shards)  # in the order of the outputs
+    return [split_large(_placed(layer, tuple(islice(slots, len(layer.outputs))))) for layer in layers], shards
+
+
+def _placed(layer: LayerPlan, slots: tuple[Slot, ...]) -> LayerPlan:
+    return replace(layer, outputs=slots, slots=slots)
 
 
 def _refuse_same_file(source: Source, output: Output, shards: Sequence[Shard]) -> None:
@@ -59,7 +64,7 @@ def _metadata(recipe: Recipe, source: Source, layers: Sequence[LayerPlan], diges
     metadata = {key: value for key, value in source.metadata.items() if key not in (HEADER_KEY, ENTRY)}
     entries = {layer.layer.name: layer.entry for layer in layers if layer.entry is not None}
     if entries:
-        names = [spec.name for layer in layers for spec in layer.outputs]
+        names = (spec.name for layer in layers for spec in layer.outputs)
         metadata[HEADER_KEY] = header_entry(entries, names)
     stages = recipe.identity()
     if all(stage.verb != "quantize" for stage in recipe.stages):

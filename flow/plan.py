@@ -24,6 +24,7 @@ from ..stages.stage import Context, Stage, make_stage
 from ..stages.work import LayerPlan
 from .adapter import AdapterFile, adapter_of, beside, equipped, lay_out_adapter, refuse_place
 from .budget import Budget
+from .collector import collector_paused
 from .estimate import estimate_seconds
 from .model_files import lay_out_model
 from .recipe import Output, Recipe
@@ -156,6 +157,7 @@ class Plan:
         return f"<pre>{html.escape(self.explain())}</pre>"
 
 
+@collector_paused()
 def make_plan(recipe: Recipe, settled: Settled = NOTHING) -> Plan:
     """Plans a conversion from headers alone, and from what is ``settled``.
 

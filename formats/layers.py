@@ -30,7 +30,7 @@ _INTEGERS = ("BOOL", "I16", "U16", "I32", "U32", "I64", "U64")
 Parts = Mapping[str, TensorRef]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Layer:
     """The tensors that make up one weight, or one tensor that stands alone."""
 

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 
 from .comfy import HEADER_KEY, MARKER, marker_tensor
 from .fileio import Reader
+from .heads import layout
 from .journal import Patch
 from .markers import Entry
-from .safetensors import Header, layout
+from .safetensors import Header
 from .tensors import DTYPE_BITS, TensorRef, TensorSpec
 
 MOST_MOVED = 16 << 20

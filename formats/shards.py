@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .safetensors import layout
+from .heads import metadata_text, place
 from .tensors import Slot, TensorSpec
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
@@ -20,11 +20,17 @@ class Shard:
     """One output file."""
 
     path: str
-    head: bytes
-    """Length and JSON header, padded."""
     size: int
     """Bytes of the whole file."""
     slots: tuple[Slot, ...]
+    metadata: bytes
+    """``__metadata__`` as JSON, which all files of a model share; empty for none."""
+
+    @property
+    def head(self) -> bytes:
+        """Length and JSON header, padded: made when asked for, as the heads of many shards are longer than the rest of
+        a plan."""
+        return place(self.slots, self.metadata)[0]
 
 
 def is_single_file(output: str) -> bool:
@@ -55,16 +61,18 @@ def lay_out(groups: Sequence[Sequence[TensorSpec]], output: str, shard_bytes: in
     names = [f"{stem}{SUFFIX}"]
     if len(bins) > 1:
         names = [f"{stem}-{number:05d}-of-{len(bins):05d}{SUFFIX}" for number in range(1, len(bins) + 1)]
-    return [_shard(folder / name, specs, metadata) for name, specs in zip(names, bins, strict=True)]
+    text = metadata_text(metadata)
+    return [_shard(folder / name, specs, text) for name, specs in zip(names, bins, strict=True)]
 
 
-def _shard(path: Path, specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> Shard:
-    head, starts, size = layout(specs, metadata)
-    place = str(path.absolute())  # workers of a cluster stand elsewhere
+def _shard(path: Path, specs: Sequence[TensorSpec], metadata: bytes) -> Shard:
+    head, starts, size = place(specs, metadata)
+    begin = len(head)
+    full = str(path.absolute())  # workers of a cluster stand elsewhere
     slots = tuple(
-        Slot(spec.name, spec.dtype, spec.shape, place, start) for spec, start in zip(specs, starts, strict=True)
+        Slot(spec.name, spec.dtype, spec.shape, full, begin + start) for spec, start in zip(specs, starts, strict=True)
     )
-    return Shard(str(path), head, size, slots)
+    return Shard(str(path), begin + size, slots, metadata)
 
 
 def index_file(shards: Sequence[Shard]) -> tuple[Path, bytes] | None:

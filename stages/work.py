@@ -43,7 +43,7 @@ Stream = Callable[[int, int], Iterator[Chunk]]
 """Opens the chunks of rows ``start`` to ``stop``."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Environment:
     """Where steps run: decided by the driver, the same for every layer of a run."""
 
@@ -70,7 +70,7 @@ class Step(Protocol):
         """Bytes that the step holds at most while a task of the layer runs."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Settings:
     """What targeting decided for a layer that is to be quantized."""
 
@@ -80,7 +80,7 @@ class Settings:
     """Formats that this layer must not have, with the reason."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class AdapterPlan:
     """The adapter that a layer gets."""
 
@@ -106,7 +106,7 @@ class AdapterPlan:
         return sum(spec.nbytes for spec in self.specs)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class LayerPlan:
     """Everything that will happen to one layer, before any weight is read."""
 
@@ -192,7 +192,7 @@ def root_share(squared_error: float, squared: float) -> float:
     return math.sqrt(squared_error / squared)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Receipt:
     """What a finished task reports. A few hundred bytes; tensors never come back."""
 

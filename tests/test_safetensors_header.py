@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantloom.formats.errors import CheckpointError, PlanError
-from quantloom.formats.safetensors import DATA_ALIGNMENT, Header, layout, parse_json, read_header
+from quantloom.formats.heads import DATA_ALIGNMENT, layout
+from quantloom.formats.safetensors import Header, parse_json, read_header
 from quantloom.formats.tensors import DTYPE_BITS, TensorSpec, torch_dtype
 
 if TYPE_CHECKING:

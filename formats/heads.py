@@ -1,0 +1,91 @@
+"""Headers of files that are to be written: built from names, dtypes and shapes, before any weight exists."""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from json.encoder import encode_basestring
+from typing import TYPE_CHECKING
+
+from .errors import PlanError, did_you_mean, shown
+from .safetensors import MAX_HEADER_BYTES, METADATA
+from .tensors import DTYPE_BITS, TensorSpec
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+DATA_ALIGNMENT = 64
+"""The data of a written file starts at a multiple of this many bytes."""
+
+
+def layout(specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> tuple[bytes, list[int], int]:
+    """Place tensors in one file: header bytes (length included), start of each spec in the given order, file size.
+
+    Starts and size are in bytes from the beginning of the file. Wider dtypes come first, equal ones keep their order:
+    as the data starts aligned, every tensor is then aligned to its element size without a hole, which the format
+    forbids. Raises PlanError for what no reader would accept.
+    """
+    head, positions, size = place(specs, metadata_text(metadata))
+    return head, [len(head) + position for position in positions], len(head) + size
+
+
+def metadata_text(metadata: Mapping[str, str]) -> bytes:
+    """``__metadata__`` as JSON, empty for none; PlanError for what is no text."""
+    if not metadata:
+        return b""
+    return _encoded(json.dumps(dict(metadata), separators=(",", ":"), ensure_ascii=False))
+
+
+def place(specs: Sequence[TensorSpec], metadata: bytes) -> tuple[bytes, list[int], int]:
+    """What ``layout`` says, for metadata that is JSON already: starts and size count from the beginning of the data.
+
+    Files of one model share their metadata, which may be longer than all the rest of a header.
+    """
+    sizes = [_nbytes(spec) for spec in specs]
+    starts, position = [0] * len(specs), 0
+    seen = {METADATA}
+    entries = []
+    for index in sorted(range(len(specs)), key=lambda index: -DTYPE_BITS[specs[index].dtype]):
+        spec = specs[index]
+        if spec.name in seen:
+            raise PlanError(f"tensor {shown(spec.name)} would be written twice in one file, or has a reserved name")
+        seen.add(spec.name)
+        starts[index] = position
+        end = position + sizes[index]
+        entries.append(f"{encode_basestring(spec.name)}:{_described(spec.dtype, spec.shape)}[{position},{end}]}}")
+        position = end
+    tensors = _encoded(",".join(entries))
+    both = b"," if metadata and tensors else b""
+    front = b'{"' + METADATA.encode() + b'":' + metadata if metadata else b"{"
+    length = len(front) + len(both) + len(tensors) + 1
+    padding = b" " * (-(8 + length) % DATA_ALIGNMENT)
+    length += len(padding)
+    if length > MAX_HEADER_BYTES:
+        raise PlanError(f"header of {length} bytes; readers accept {MAX_HEADER_BYTES}: write more shards")
+    return b"".join((length.to_bytes(8, "little"), front, both, tensors, b"}", padding)), starts, position
+
+
+@lru_cache(maxsize=4096)
+def _described(dtype: str, shape: tuple[int, ...]) -> str:
+    """The part of an entry that tensors of one kind share."""
+    return f'{{"dtype":{encode_basestring(dtype)},"shape":[{",".join(map(str, shape))}],"data_offsets":'
+
+
+def _encoded(text: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise PlanError(f"tensor name or metadata {shown(error.object)} cannot be written as UTF-8") from error
+
+
+def _nbytes(spec: TensorSpec) -> int:
+    """Bytes of a tensor; PlanError for one that cannot be written."""
+    bits = DTYPE_BITS.get(spec.dtype)
+    if bits is None:
+        hint = did_you_mean(spec.dtype, DTYPE_BITS)
+        raise PlanError(f"tensor {shown(spec.name)}: unknown dtype {spec.dtype!r}{hint}")
+    bits *= spec.numel
+    if bits % 8:
+        shape = list(spec.shape)
+        raise PlanError(f"tensor {shown(spec.name)}: {spec.dtype} of shape {shape} is not a whole number of bytes")
+    return bits // 8
