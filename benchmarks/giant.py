@@ -1,6 +1,6 @@
-"""Headers of a terabyte: a mixture-of-experts checkpoint of real names and shapes whose weights are holes in sparse files.
+"""Headers of a terabyte: a mixture of experts with real names and shapes, whose weights are holes in sparse files.
 
-Planning reads headers only, so that such a checkpoint plans like a real one and takes tens of megabytes on disk. Read as
+Planning reads headers only: such a checkpoint plans like a real one, and takes tens of megabytes on disk. Read as
 numbers its weights are zero.
 
     python benchmarks/giant.py OUT --kind fp8                  # 1 TB, 100,000 tensors, 160 shards, FP8 blocks of 128
@@ -106,7 +106,7 @@ def nbytes(tensor: Tensor) -> int:
 
 def fitting_shape(kind: str, gb: float, count: int, experts: int) -> Shape:
     """As many layers as ``count`` tensors need, with experts so wide that they make ``gb`` GB, to 64 columns."""
-    hidden, per_weight = (7168, 1) if kind == "fp8" else (3584, 2)
+    hidden = 7168 if kind == "fp8" else 3584
     each = sum(1 for _ in block(3, Shape(4, experts, hidden, 64), kind))
     layers = max(4, math.ceil((count - 3) / each) + 2)  # the dense ones have few
     narrow, wide = (sum(map(nbytes, tensors(Shape(layers, experts, hidden, w), kind))) for w in (64, 128))

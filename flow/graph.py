@@ -136,11 +136,17 @@ def submission(layers: Sequence[LayerPlan], environment: Environment) -> tuple[G
     """The fused graph and the keys to ask for; each key's result is a list of receipts.
 
     The chains of a batch, joined by a node that gathers their receipts, are fused into one task, so that what flows
-    along an edge stays inside one worker's thread.
+    along an edge stays inside one worker's thread. Where no chain has a branch, one call runs them: fusing the nodes of
+    100,000 layers takes longer than planning them.
     """
     graph: Graph = {}
     keys: list[Key] = []
     for number, batch in enumerate(batches(layers)):
+        if all(_is_plain(plan) for plan in batch):
+            key = (environment.run_id, "batch", str(number))
+            graph[key] = Task(key, run_chains, tuple(batch), environment)
+            keys.append(key)
+            continue
         nodes = stage_graph(batch, environment)
         if batch[0].parts:
             keys += _fuse_parts(batch[0], nodes, graph, environment.run_id)
@@ -151,6 +157,11 @@ def submission(layers: Sequence[LayerPlan], environment: Environment) -> tuple[G
         graph[key] = Task.fuse(*nodes.values(), gather, key=key)
         keys.append(key)
     return graph, keys
+
+
+def _is_plain(plan: LayerPlan) -> bool:
+    """Whether its part of the stage graph is one chain."""
+    return not plan.parts and not plan.together
 
 
 def _fuse_parts(plan: LayerPlan, nodes: Graph, graph: Graph, run_id: str) -> list[Key]:
@@ -183,6 +194,17 @@ def start(
     prepare_thread(environment)
     work = Work(plan, rows, environment, started=time.perf_counter())
     return step.run(work)
+
+
+def run_chains(plans: Sequence[LayerPlan], environment: Environment) -> list[Receipt]:
+    """The chains of a batch, one after the other: what ``stage_graph`` has for them, fused."""
+    receipts = []
+    for plan in plans:
+        work = start(plan, (0, plan.rows), environment, plan.steps[0])
+        for step in plan.steps[1:]:
+            work = step.run(work)
+        receipts.append(make_receipt(work, first=True))
+    return gather_receipts(receipts)
 
 
 def part_amax(step: Scale, work: Work) -> float:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
 from itertools import chain, islice
 from typing import Any
 
@@ -34,11 +33,12 @@ def lay_out_model(
     shards = lay_out(groups, output.path, output.shard_bytes, metadata, stem_of(source.files))
     _refuse_same_file(source, output, shards)
     slots = chain.from_iterable(shard.slots for shard in shards)  # in the order of the outputs
-    return [split_large(_placed(layer, tuple(islice(slots, len(layer.outputs))))) for layer in layers], shards
+    return [split_large(_placed(layer, slots)) for layer in layers], shards
 
 
-def _placed(layer: LayerPlan, slots: tuple[Slot, ...]) -> LayerPlan:
-    return replace(layer, outputs=slots, slots=slots)
+def _placed(layer: LayerPlan, slots: Iterator[Slot]) -> LayerPlan:
+    own = tuple(islice(slots, len(layer.outputs)))
+    return layer.having(outputs=own, slots=own)
 
 
 def _refuse_same_file(source: Source, output: Output, shards: Sequence[Shard]) -> None:

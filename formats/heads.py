@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from functools import lru_cache
 from json.encoder import encode_basestring
 from typing import TYPE_CHECKING
@@ -25,8 +26,8 @@ def layout(specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> tuple[by
     as the data starts aligned, every tensor is then aligned to its element size without a hole, which the format
     forbids. Raises PlanError for what no reader would accept.
     """
-    head, positions, size = place(specs, metadata_text(metadata))
-    return head, [len(head) + position for position in positions], len(head) + size
+    placed = place(specs, metadata_text(metadata))
+    return placed.head, [placed.length + position for position in placed.starts], placed.length + placed.size
 
 
 def metadata_text(metadata: Mapping[str, str]) -> bytes:
@@ -36,11 +37,29 @@ def metadata_text(metadata: Mapping[str, str]) -> bytes:
     return _encoded(json.dumps(dict(metadata), separators=(",", ":"), ensure_ascii=False))
 
 
-def place(specs: Sequence[TensorSpec], metadata: bytes) -> tuple[bytes, list[int], int]:
-    """What ``layout`` says, for metadata that is JSON already: starts and size count from the beginning of the data.
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """Where tensors lie in one file."""
 
-    Files of one model share their metadata, which may be longer than all the rest of a header.
-    """
+    starts: list[int]
+    """Of each, in the given order, counted from the beginning of the data."""
+    size: int
+    """Bytes of the data."""
+    pieces: tuple[bytes, ...]
+    """The header, length included, in pieces: those of several files share their metadata."""
+
+    @property
+    def length(self) -> int:
+        """Bytes of the header."""
+        return sum(map(len, self.pieces))
+
+    @property
+    def head(self) -> bytes:
+        return b"".join(self.pieces)
+
+
+def place(specs: Sequence[TensorSpec], metadata: bytes) -> Placed:
+    """What ``layout`` says, for metadata that is JSON already."""
     sizes = [_nbytes(spec) for spec in specs]
     starts, position = [0] * len(specs), 0
     seen = {METADATA}
@@ -55,14 +74,13 @@ def place(specs: Sequence[TensorSpec], metadata: bytes) -> tuple[bytes, list[int
         entries.append(f"{encode_basestring(spec.name)}:{_described(spec.dtype, spec.shape)}[{position},{end}]}}")
         position = end
     tensors = _encoded(",".join(entries))
-    both = b"," if metadata and tensors else b""
-    front = b'{"' + METADATA.encode() + b'":' + metadata if metadata else b"{"
-    length = len(front) + len(both) + len(tensors) + 1
+    front = (b'{"' + METADATA.encode() + b'":', metadata, b"," if tensors else b"") if metadata else (b"{",)
+    length = sum(map(len, front)) + len(tensors) + 1
     padding = b" " * (-(8 + length) % DATA_ALIGNMENT)
     length += len(padding)
     if length > MAX_HEADER_BYTES:
         raise PlanError(f"header of {length} bytes; readers accept {MAX_HEADER_BYTES}: write more shards")
-    return b"".join((length.to_bytes(8, "little"), front, both, tensors, b"}", padding)), starts, position
+    return Placed(starts, position, (length.to_bytes(8, "little"), *front, tensors, b"}" + padding))
 
 
 @lru_cache(maxsize=4096)

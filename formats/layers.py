@@ -50,7 +50,7 @@ class Layer:
     @property
     def nbytes(self) -> int:
         """Stored bytes."""
-        return sum(tensor.nbytes for tensor in self.tensors)
+        return sum([tensor.nbytes for tensor in self.tensors])
 
     @property
     def orphan(self) -> bool:

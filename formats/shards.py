@@ -30,7 +30,7 @@ class Shard:
     def head(self) -> bytes:
         """Length and JSON header, padded: made when asked for, as the heads of many shards are longer than the rest of
         a plan."""
-        return place(self.slots, self.metadata)[0]
+        return place(self.slots, self.metadata).head
 
 
 def is_single_file(output: str) -> bool:
@@ -66,13 +66,14 @@ def lay_out(groups: Sequence[Sequence[TensorSpec]], output: str, shard_bytes: in
 
 
 def _shard(path: Path, specs: Sequence[TensorSpec], metadata: bytes) -> Shard:
-    head, starts, size = place(specs, metadata)
-    begin = len(head)
+    placed = place(specs, metadata)
+    begin = placed.length
     full = str(path.absolute())  # workers of a cluster stand elsewhere
     slots = tuple(
-        Slot(spec.name, spec.dtype, spec.shape, full, begin + start) for spec, start in zip(specs, starts, strict=True)
+        Slot(spec.name, spec.dtype, spec.shape, full, begin + start)
+        for spec, start in zip(specs, placed.starts, strict=True)
     )
-    return Shard(str(path), begin + size, slots, metadata)
+    return Shard(str(path), begin + placed.size, slots, metadata)
 
 
 def index_file(shards: Sequence[Shard]) -> tuple[Path, bytes] | None:

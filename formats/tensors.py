@@ -58,7 +58,7 @@ class TensorSpec:
     @property
     def nbytes(self) -> int:
         """Bytes of the stored tensor (sub-byte dtypes are packed without gaps)."""
-        return self.numel * DTYPE_BITS[self.dtype] // 8
+        return math.prod(self.shape) * DTYPE_BITS[self.dtype] // 8
 
     @property
     def row_bytes(self) -> int:

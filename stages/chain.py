@@ -66,7 +66,7 @@ class Chain:
     """What all layers share that have one shape, one dtype and one choice."""
 
     steps: tuple[Step, ...]
-    """All but the last, the write."""
+    """From the first read to the write."""
     storage: Storage
     """Names in it follow the layer's."""
     entry: dict[str, object]
@@ -84,11 +84,11 @@ def quantized(plan: LayerPlan, choice: Choice) -> LayerPlan:
     constants = tuple((spec, content) for spec, (_, content) in zip(known, chain.storage.constants, strict=True))
     if choice.bias is not None and choice.inputs is not None:
         correction = CorrectBias(_arguments(choice.format), choice.bias, choice.inputs)
-        steps, outputs = (*steps, correction), (*outputs, choice.bias)
+        steps, outputs = (*steps[:-1], correction, _WRITE), (*outputs, choice.bias)
         layer = replace(layer, tensors=(*layer.tensors, choice.bias))
     by_rows = choice.rounding in BY_ROWS
     return LayerPlan(
-        layer, (*steps, _WRITE), outputs, choice.words, choice.rounding, constants=constants, entry=chain.entry,
+        layer, steps, outputs, choice.words, choice.rounding, constants=constants, entry=chain.entry,
         affinity="" if by_rows or choice.inputs is None else choice.inputs.shared, inputs=choice.inputs,
     )  # fmt: skip
 
@@ -117,5 +117,5 @@ def _chain(choice: Choice, layer: Layer) -> Chain:
     method = make_method(choice.rounding, choice.rounding_options)
     steps.append(Scale(arguments, choice.rounding != "nearest"))
     steps.append(Round(arguments) if method is None else Solve(arguments, method, choice.inputs))
-    steps.append(Pack(arguments, stored))
+    steps += [Pack(arguments, stored), _WRITE]
     return Chain(tuple(steps), stored, dict(stored.marker))

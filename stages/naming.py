@@ -85,8 +85,8 @@ def _plain(name: str) -> str:
     return name.removesuffix(".weight")
 
 
-_ANY_INDEX = re.compile(r"\.(?!(?:0|23)\.)\d+(?=\.)")
-"""Numbers of blocks and experts that no rule below tells apart: 0 and 23 begin or end an encoder."""
+_ANY_INDEX = re.compile(r"\.(?!(?:0|1|23)\.)\d+(?=\.)")
+"""Numbers of blocks and experts that no rule below tells apart; 0, 1 and 23 stand in one."""
 
 
 def _folded(name: str) -> str:

@@ -39,7 +39,8 @@ class Pack:
                 codes = chunk.codes
                 if self.storage.layout.high_nibble_first:
                     codes = (codes << 4) | (codes >> 4)
-                chunk.writes = [(layer + self.storage.codes.name, chunk.start * self.storage.codes.row_bytes, codes.cpu())]
+                stored = self.storage.codes
+                chunk.writes = [(layer + stored.name, chunk.start * stored.row_bytes, codes.cpu())]
                 chunk.writes += scales.add(chunk, last=chunk.start + codes.shape[0] == stop)
                 if chunk.start == 0 and self.storage.whole is not None and work.whole is not None:
                     value = torch.frombuffer(bytearray(struct.pack("<f", work.whole)), dtype=torch.float32)

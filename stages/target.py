@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -63,7 +63,7 @@ class Target(Targeting):
             else:
                 own = decision.settings or decision.formats_barred
                 settings = Settings(decision.settings, decision.formats_barred) if own else usual
-                planned.append(replace(plan, settings=settings))
+                planned.append(plan.having(settings=settings))
         return planned
 
 

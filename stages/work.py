@@ -43,7 +43,7 @@ Stream = Callable[[int, int], Iterator[Chunk]]
 """Opens the chunks of rows ``start`` to ``stop``."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Environment:
     """Where steps run: decided by the driver, the same for every layer of a run."""
 
@@ -151,6 +151,13 @@ class LayerPlan:
         """Bytes written."""
         return sum(spec.nbytes for spec in self.outputs)
 
+    def having(self, **changes: Any) -> LayerPlan:
+        """``dataclasses.replace``, which checks every field again: plans of 100,000 layers change several times."""
+        made = object.__new__(LayerPlan)
+        for name in LayerPlan.__slots__:
+            object.__setattr__(made, name, changes[name] if name in changes else getattr(self, name))
+        return made
+
     def peak_bytes(self, environment: Environment) -> int:
         """Working memory of one task of it, at most."""
         return sum(step.memory(self, environment) for step in self.steps)
@@ -192,7 +199,7 @@ def root_share(squared_error: float, squared: float) -> float:
     return math.sqrt(squared_error / squared)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Receipt:
     """What a finished task reports. A few hundred bytes; tensors never come back."""
 
