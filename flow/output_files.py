@@ -7,7 +7,7 @@ import os
 import re
 from pathlib import Path
 
-from ..formats.shards import SUFFIX, index_file, is_single_file, stem_of
+from ..formats.shards import SUFFIX, index_path, is_single_file, stem_of
 from .plan import Plan
 
 
@@ -26,10 +26,10 @@ def folders_of(plan: Plan) -> list[Path]:
 
 def final_paths(plan: Plan) -> list[Path]:
     """Everything that the commit creates, in the order in which it appears: a model comes after its adapter."""
-    index = index_file(plan.shards)
+    index = index_path(plan.shards)
     adapter = [] if plan.adapter is None else plan.adapter.files
     shards = [Path(shard.path) for shard in plan.shards]
-    return [*adapter, *shards, *(target for _, target in sidecars_of(plan)), *([index[0]] if index else [])]
+    return [*adapter, *shards, *(target for _, target in sidecars_of(plan)), *([index] if index else [])]
 
 
 def stale_files(plan: Plan) -> list[Path]:

@@ -76,16 +76,22 @@ def _shard(path: Path, specs: Sequence[TensorSpec], metadata: bytes) -> Shard:
     return Shard(str(path), begin + placed.size, slots, metadata)
 
 
-def index_file(shards: Sequence[Shard]) -> tuple[Path, bytes] | None:
-    """Path and content of the index of several shards; None for one, or none at all."""
+def index_path(shards: Sequence[Shard]) -> Path | None:
+    """Path of the index of several shards; None for one, or none at all."""
     if len(shards) < 2:
         return None
     first = Path(shards[0].path)
-    stem = re.sub(r"-\d{5}-of-\d{5}\.safetensors$", "", first.name)
+    return first.with_name(re.sub(r"-\d{5}-of-\d{5}\.safetensors$", "", first.name) + f"{SUFFIX}.index.json")
+
+
+def index_file(shards: Sequence[Shard]) -> tuple[Path, bytes] | None:
+    """Path and content of the index of several shards; None for one, or none at all."""
+    if (path := index_path(shards)) is None:
+        return None
     weight_map = {slot.name: Path(slot.path).name for shard in shards for slot in shard.slots}
     total = sum(slot.nbytes for shard in shards for slot in shard.slots)
     content = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n"
-    return first.with_name(f"{stem}{SUFFIX}.index.json"), content.encode()
+    return path, content.encode()
 
 
 def stem_of(files: Sequence[Path]) -> str:
