@@ -124,19 +124,20 @@ def make_giant(
     total = sum(map(nbytes, listed))
     names: dict[str, str] = {}
     headers = done = 0
-    left = iter(listed)
-    for number in range(shards):
-        group: list[Tensor] = []
-        while done < total * (number + 1) / shards and (tensor := next(left, None)):
-            group.append(tensor)
-            done += nbytes(tensor)
-        file = f"model-{number + 1:05d}-of-{shards:06d}.safetensors"
+    groups: list[list[Tensor]] = [[]]
+    for tensor in listed:
+        if groups[-1] and done >= total * len(groups) / shards and len(groups) < shards:
+            groups.append([])
+        groups[-1].append(tensor)
+        done += nbytes(tensor)
+    for number, group in enumerate(groups):
+        file = f"model-{number + 1:05d}-of-{len(groups):05d}.safetensors"
         names.update(dict.fromkeys((name for name, _, _ in group), file))
         headers += write_shard(folder / file, group)
     index = {"metadata": {"total_size": total}, "weight_map": names}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     (folder / "config.json").write_text(json.dumps(config(shape, kind)))
-    return Giant(str(folder), kind, total, len(names), shards, headers)
+    return Giant(str(folder), kind, total, len(names), len(groups), headers)
 
 
 def write_shard(path: Path, group: Sequence[Tensor]) -> int:

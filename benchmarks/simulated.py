@@ -88,7 +88,8 @@ def main() -> None:
                 flow.compute()
                 seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
                 cost = cpu / sum(weight_gb(layer) for layer in flow.plan.layers)
-                rows.append({"case": case, "workers": workers, "predicted": expected, "measured": seconds, "cost": cost})
+                row = {"case": case, "workers": workers, "predicted": expected, "measured": seconds, "cost": cost}
+                rows.append(row)
                 error = f"{expected / seconds - 1:+.0%}"
                 print(f"| {case} | {workers} | {expected:.2f} | {seconds:.2f} | {error} | {cost:.2f} |", flush=True)
     finally:

@@ -21,6 +21,8 @@ from .runner import prepare_thread
 
 BATCH_BYTES = 64 << 20
 """Layers are put together into tasks of at least this many source bytes ..."""
+MOST_BATCHES = 2048
+"""... and of so many more that a model has about this many tasks: Dask takes milliseconds for each ..."""
 BATCH_LAYERS = 256
 """... but of no more layers than this: what Dask does within a fused task grows with the square of its nodes."""
 
@@ -104,11 +106,13 @@ def _shared_scale(plan: LayerPlan) -> Key | None:
 
 
 def batches(layers: Sequence[LayerPlan]) -> Iterator[list[LayerPlan]]:
-    """Layers, biggest first, in groups of BATCH_BYTES or BATCH_LAYERS; a layer in row ranges is alone.
+    """Layers, biggest first, in groups of BATCH_BYTES (or of more, for MOST_BATCHES) or BATCH_LAYERS; a layer in row
+    ranges is alone.
 
     Layers of one affinity stay side by side, whatever their sizes.
     """
     largest: dict[str, int] = {}
+    enough = max(BATCH_BYTES, sum(plan.layer.nbytes for plan in layers) // MOST_BATCHES)
     for plan in layers:
         largest[plan.affinity] = max(largest.get(plan.affinity, 0), plan.layer.nbytes)
 
@@ -123,7 +127,7 @@ def batches(layers: Sequence[LayerPlan]) -> Iterator[list[LayerPlan]]:
             yield [plan]
             continue
         together = bool(pending and plan.affinity and plan.affinity == pending[-1].affinity)
-        if (size >= BATCH_BYTES or len(pending) == BATCH_LAYERS) and not together:
+        if (size >= enough or len(pending) == BATCH_LAYERS) and not together:
             yield pending
             pending, size = [], 0
         pending.append(plan)
