@@ -2,7 +2,7 @@
 
 The figures are of benchmarks/README.md ("Whole conversions on two cores", "Rounding: on a GPU", "Scheduling") and of
 `python benchmarks/simulated.py --costs`. GB are of weights in 16 bits, whatever they are stored as.
-Not measured yet but set by judgement: copies, FP8 by row and block under a search, formats that are not listed, times of
+Not measured yet but set by judgement: copies, FP8 by row and block under a search, formats not listed, times of
 start, and Dask's share on `distributed`.
 """
 
