@@ -22,6 +22,8 @@ from .runner import prepare_thread
 
 BATCH_BYTES = 64 << 20
 """Layers are put together into tasks of at least this many source bytes ..."""
+MOST_BATCHES = 2048
+"""... and of so many more that a model has about this many tasks: Dask takes milliseconds for each ..."""
 BATCH_LAYERS = 256
 """... but of no more layers than this: what Dask does within a fused task grows with the square of its nodes."""
 
@@ -116,11 +118,13 @@ def _shared_scale(plan: LayerPlan) -> Key | None:
 
 
 def batches(layers: Sequence[LayerPlan]) -> Iterator[list[LayerPlan]]:
-    """Layers, biggest first, in groups of BATCH_BYTES or BATCH_LAYERS; a layer in row ranges is alone.
+    """Layers, biggest first, in groups of BATCH_BYTES (or of more, for MOST_BATCHES) or BATCH_LAYERS; a layer in row
+    ranges is alone.
 
     Layers of one affinity stay side by side, whatever their sizes.
     """
     largest: dict[str, int] = {}
+    enough = max(BATCH_BYTES, sum(plan.layer.nbytes for plan in layers) // MOST_BATCHES)
     for plan in layers:
         largest[plan.affinity] = max(largest.get(plan.affinity, 0), plan.layer.nbytes)
 
@@ -135,7 +139,7 @@ def batches(layers: Sequence[LayerPlan]) -> Iterator[list[LayerPlan]]:
             yield [plan]
             continue
         together = bool(pending and plan.affinity and plan.affinity == pending[-1].affinity)
-        if (size >= BATCH_BYTES or len(pending) == BATCH_LAYERS) and not together:
+        if (size >= enough or len(pending) == BATCH_LAYERS) and not together:
             yield pending
             pending, size = [], 0
         pending.append(plan)
@@ -151,7 +155,8 @@ def submission(
     begin with run and ``name``; the result of each is a list of receipts, or a Failure.
 
     The chains of a batch, joined by a node that gathers their receipts, are fused into one task, so that what flows
-    along an edge stays inside one worker's thread.
+    along an edge stays inside one worker's thread. Where no chain has a branch, one call runs them: fusing the nodes of
+    100,000 layers takes longer than planning them.
     """
     graph: Graph = {}
     layers_of: LayersOf = {}
@@ -159,8 +164,12 @@ def submission(
     # Names decide which of many equal tasks Dask begins with: the last one, or the first where some wait for others.
     waiting = any(_shared_scale(batch[0]) for batch in made)
     for number, batch in enumerate(made):
-        nodes = stage_graph(batch, environment)
         prefix = (environment.run_id, name, f"{number if waiting else len(made) - number:07d}")
+        if all(_is_plain(plan) for plan in batch):
+            graph[prefix] = Task(prefix, run_chains, tuple(batch), environment)
+            layers_of[prefix] = batch
+            continue
+        nodes = stage_graph(batch, environment)
         if batch[0].parts:
             layers_of |= dict.fromkeys(_fuse_parts(batch[0], nodes, graph, prefix), batch)
             continue
@@ -170,6 +179,11 @@ def submission(
         graph[key] = Task.fuse(*nodes.values(), gather, key=key)
         layers_of[key] = batch
     return {key: _guarded(task) for key, task in graph.items()}, layers_of
+
+
+def _is_plain(plan: LayerPlan) -> bool:
+    """Whether its part of the stage graph is one chain."""
+    return not plan.parts and not plan.together
 
 
 def _fuse_parts(plan: LayerPlan, nodes: Graph, graph: Graph, prefix: Key) -> list[Key]:
@@ -224,6 +238,17 @@ def start(
     prepare_thread(environment)
     work = Work(plan, rows, environment, started=time.perf_counter())
     return step.run(work)
+
+
+def run_chains(plans: Sequence[LayerPlan], environment: Environment) -> list[Receipt]:
+    """The chains of a batch, one after the other: what ``stage_graph`` has for them, fused."""
+    receipts = []
+    for plan in plans:
+        work = start(plan, (0, plan.rows), environment, plan.steps[0])
+        for step in plan.steps[1:]:
+            work = step.run(work)
+        receipts.append(make_receipt(work))
+    return gather_receipts(receipts)
 
 
 def part_amax(step: Scale, work: Work) -> float:

@@ -215,7 +215,7 @@ def _number_findings(paths: Sequence[Place], index: Place | None) -> Iterator[Fi
     """Numbered files, or their index, that are not there."""
     numbered = {path: match for path in paths if (match := _NUMBERED.search(path.name))}
     for path, match in numbered.items():
-        names = {path.with_name(f"{path.name[:match.start()]}-{n:05d}-of-{match[2]}{SUFFIX}") for n in
+        names = {path.parent / f"{path.name[:match.start()]}-{n:05d}-of-{match[2]}{SUFFIX}" for n in
                  range(1, min(int(match[2]), 2 * len(paths) + _SHOWN) + 1)}  # fmt: skip
         if missing := sorted(other.name for other in names - set(paths)):
             yield Finding(FILES, str(path.parent), f"files are missing: {listed(missing, _SHOWN)}")
