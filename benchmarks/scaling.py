@@ -48,14 +48,29 @@ class Clock(logging.Handler):
         if "tasks at a time" in record.msg or record.msg == "workers are ready":
             self.ready = time.perf_counter()
 
+class Times:
+    def __init__(self):
+        self.receipts = []
+
+    def advance(self, receipts):
+        self.receipts.append(time.perf_counter())
+
+    def start(self, plan, budget): ...
+    def resume(self, receipts): ...
+    def stop(self): ...
+
 def main():
     source, output, rounding, run = json.loads(sys.argv[1])
-    clock = Clock()
+    clock, times = Clock(), Times()
     logging.getLogger("quantloom.flow").addHandler(clock)
     logging.getLogger("quantloom.flow").setLevel(logging.INFO)
     began = time.perf_counter()
-    report = Pipeline(**run).read(source).quantize("nvfp4", rounding=rounding).write(output, overwrite=True)
-    print(json.dumps({"seconds": report.seconds, "work": time.perf_counter() - clock.ready}))
+    quantized = Pipeline(**run).read(source).quantize("nvfp4", rounding=rounding)
+    flow = quantized.write(output, overwrite=True, compute=False)
+    report = flow.compute(progress=times)
+    ended = time.perf_counter()
+    print(json.dumps({"seconds": report.seconds, "work": ended - clock.ready, "first": times.receipts[0] - clock.ready,
+                      "last": times.receipts[-1] - clock.ready}))
 
 if __name__ == "__main__":
     main()
@@ -194,7 +209,8 @@ def convert(source: Path, output: Path, rounding: str, count: int, arguments: ar
         raise SystemExit(f"{rounding} on {count}: {problems[-2000:]}")
     told = json.loads(printed.splitlines()[-1])
     return {"rounding": rounding, "count": count, "process_seconds": round(time.perf_counter() - began, 3),
-            "seconds": told["seconds"], "work": round(told["work"], 3), **sampled}  # fmt: skip
+            "seconds": told["seconds"], "work": round(told["work"], 3),
+            "first_receipt": round(told["first"], 3), "last_receipt": round(told["last"], 3), **sampled}  # fmt: skip
 
 
 def show(rows: list[dict[str, Any]], source_bytes: int) -> None:
@@ -261,7 +277,8 @@ def main() -> None:
                 row["output_bytes"], row["digest"] = output.stat().st_size, digest(output)
                 row["equal"] = seen.setdefault(rounding, row["digest"]) == row["digest"]
                 rows.append(row)
-                print(f"{rounding} on {count}: {row['seconds']:.2f} s, equal bytes: {row['equal']}", flush=True)
+                ends = f"receipts from {row['first_receipt']:.2f} to {row['last_receipt']:.2f} of {row['work']:.2f} s"
+                print(f"{rounding} on {count}: {row['seconds']:.2f} s, {ends}, equal bytes: {row['equal']}", flush=True)
                 output.unlink()
         show(rows, size)
         ideal = size / read / 1e9 + size * 9 / 32 / write / 1e9

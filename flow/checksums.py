@@ -6,7 +6,6 @@ Everything comes from plan and receipts, so that a run that goes on where anothe
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ..formats.checksums import Piece, checksum
@@ -53,9 +52,9 @@ def finished_heads(plan: Plan, receipts: Sequence[Receipt]) -> Iterator[tuple[st
     """
     sums = checksums_of(plan.layers, receipts)
     for shard in plan.shards:
-        yield shard.path, finished_head(shard, sums)
+        yield shard.path, finished_head(shard.head, sums, shard.path)
     if plan.adapter is not None:
         gains = {receipt.name: receipt.gain for receipt in receipts if receipt.gain is not None}
         own = {name.removeprefix(ADAPTER): found for name, found in sums.items() if name.startswith(ADAPTER)}
-        shard = replace(plan.adapter.shard, head=plan.adapter.head(gains))
-        yield shard.path, finished_head(shard, own)
+        path = plan.adapter.shard.path
+        yield path, finished_head(plan.adapter.head(gains), own, path)

@@ -24,7 +24,7 @@ from .extract_cli import extract_lora
 from .help import CommandsByHeading, OptionsByHeading
 from .hybrid_cli import hybrid
 from .migrate_cli import migrate
-from .options import ADAPTING, DIALECT, JSON, RECIPE, TALKING, TARGETING, WRITING, add_options, build_recipe
+from .options import ADAPTING, DIALECT, JSON, RECIPE, SIMULATE, TALKING, TARGETING, WRITING, add_options, build_recipe
 from .running import run_recipe, show_plan
 
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
@@ -53,6 +53,7 @@ Examples:
   quantloom plan flux-dev/ --format nvfp4
   quantloom plan flux-dev/ out.safetensors --format fp8 --exclude 'final_layer' --verbose
   quantloom plan flux-dev/ out/ --format nvfp4 --lora-rank auto --lora-budget 2% --json
+  quantloom plan flux-dev/ --format nvfp4 --rounding learned --simulate gpus=8,read=6GB/s
 """
 
 _INSPECT_EPILOG = """\b
@@ -92,7 +93,7 @@ def convert(source: str, destination: str, **options: Any) -> int:
 @cli.command(cls=OptionsByHeading, epilog=_PLAN_EPILOG, short_help="Show what convert would do, from headers alone.")
 @click.argument("source")
 @click.argument("destination", required=False)
-@add_options(TARGETING, ADAPTING, [DIALECT], WRITING, [RECIPE], TALKING)
+@add_options(TARGETING, ADAPTING, [DIALECT], WRITING, [SIMULATE, RECIPE], TALKING)
 def plan(source: str, destination: str | None, **options: Any) -> int:
     """Show what convert would do: every layer's format, why others are kept, bytes, memory, time. Reads headers only,
     unless --lora-rank auto or --lora-budget ask for a survey: that quantizes the candidate layers once.

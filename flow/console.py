@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from ..formats.registry import FormatInfo
+    from ..stages.work import LayerPlan
     from .budget import Budget
     from .inspect import Inspection
     from .pipeline import Flow
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
 
 PIPE_WIDTH = 400
 """Columns of a table that goes into a file or another program."""
+
+
+MOST_ROWS = 5000
+"""Layers that a plan lists unasked: nobody reads more."""
 
 
 class _StderrHandler(logging.Handler):
@@ -121,6 +126,11 @@ def run_flow(flow: Flow, quiet: bool, as_json: bool) -> Report:
     return report
 
 
+def print_text(text: str) -> None:
+    """Lines on stdout."""
+    stdout().print(escape(text), soft_wrap=True)
+
+
 def print_json(value: Any) -> None:
     """One JSON document on stdout."""
     print(json.dumps(value, indent=2))
@@ -150,10 +160,12 @@ def print_plan(plan: Plan, budget: Budget, verbose: bool = False) -> None:
     becomes = ("becomes", ">before", ">after") if plan.base is None else ("stored as", ">original")
     table = make_table("layer", ">shape", *becomes, *adapters)
     most = max(20, console.width // 4)
-    for layer in plan.layers:
+    rows = [layer for layer in plan.layers if verbose or _worth_a_row(layer)]
+    if len(rows) > MOST_ROWS and not verbose:
+        console.print(f"{len(rows)} layers; --verbose lists them")
+        rows = []
+    for layer in rows:
         shape = layer.layer.weight.shape
-        if not verbose and not layer.format and not ((layer.reason or layer.change) and len(shape) == 2):
-            continue
         kept = shortened(f"kept: {layer.reason}" if layer.reason else "copied", most)
         what = Text(layer.format or layer.change) if layer.format or layer.change else Text(kept, "dim")
         sizes = [short_size(layer.layer.nbytes), *([] if plan.base else [short_size(layer.nbytes_out)])]
@@ -165,6 +177,11 @@ def print_plan(plan: Plan, budget: Budget, verbose: bool = False) -> None:
     parts = f"{show_size(budget.base)} for the process, {budget.workers} x {show_size(budget.task_bytes)} for tasks"
     total = f"at most {show_size(budget.peak_bytes)} ({parts}); budget {show_size(budget.limit)}"
     console.print(f"memory   {total}", soft_wrap=True)
+
+
+def _worth_a_row(layer: LayerPlan) -> bool:
+    """Whether it is quantized or changed, or a matrix that is kept for a reason."""
+    return bool(layer.format or ((layer.reason or layer.change) and len(layer.layer.weight.shape) == 2))
 
 
 def print_inspection(found: Inspection, every_layer: bool) -> None:
@@ -184,8 +201,7 @@ def print_inspection(found: Inspection, every_layer: bool) -> None:
     for name, layers in found.dialects.items():
         console.print(f"dialect {name}: {count(layers, 'quantized layer')}")
     for key, value in found.metadata.items():
-        shown = value if len(value) <= 200 else f"{value[:200]}... ({len(value)} characters)"
-        console.print(f"metadata {escape(key)}: {escape(shown)}", soft_wrap=True)
+        print_text(f"metadata {key}: {value if len(value) <= 200 else f'{value[:200]}... ({len(value)} characters)'}")
     for problem in found.problems:
         console.print(f"[yellow]warning:[/] {escape(problem)}", soft_wrap=True)
     if every_layer:
@@ -198,12 +214,11 @@ def print_inspection(found: Inspection, every_layer: bool) -> None:
 
 def print_roundings(roundings: Iterable[Rounding]) -> None:
     """When to use which, and the options below each."""
-    console = stdout()
     for rounding in roundings:
-        console.print(f"[bold]{rounding.name}[/]  {escape(rounding.help)}", soft_wrap=True)
+        stdout().print(f"[bold]{rounding.name}[/]  {escape(rounding.help)}", soft_wrap=True)
         for option in rounding.options:
             default = "" if option.default is None else f" (default {option.default})"
-            console.print(f"    {option.name}  {escape(option.help)}{default}", soft_wrap=True)
+            print_text(f"    {option.name}  {option.help}{default}")
 
 
 def print_formats(formats: Iterable[FormatInfo]) -> None:

@@ -6,23 +6,23 @@ amax nodes meet in a scale node, whose one number all ranges use.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import count
 from operator import itemgetter
 from typing import Any
 
 from dask._task_spec import GraphNode, List, Task, TaskRef
 
-from ..stages.inputs import release
 from ..stages.matrix import Solve
 from ..stages.scaling import Scale
-from ..stages.work import Environment, LayerPlan, Receipt, Step, Work
-from .runner import prepare_thread
+from ..stages.work import Environment, LayerPlan, Receipt
+from .chains import apply_scale, combine_amaxes, gather_receipts, make_receipt, part_amax, run_chains, start
 
 BATCH_BYTES = 64 << 20
 """Layers are put together into tasks of at least this many source bytes ..."""
+MOST_BATCHES = 2048
+"""... and of so many more that a model has about this many tasks: Dask takes milliseconds for each ..."""
 BATCH_LAYERS = 256
 """... but of no more layers than this: what Dask does within a fused task grows with the square of its nodes."""
 
@@ -120,11 +120,13 @@ def _shared_scale(plan: LayerPlan) -> Key | None:
 
 
 def batches(layers: Sequence[LayerPlan]) -> Iterator[list[LayerPlan]]:
-    """Layers, biggest first, in groups of BATCH_BYTES or BATCH_LAYERS; a layer in row ranges is alone.
+    """Layers, biggest first, in groups of BATCH_BYTES (or of more, for MOST_BATCHES) or BATCH_LAYERS; a layer in row
+    ranges is alone.
 
     Layers of one affinity stay side by side, whatever their sizes.
     """
     largest: dict[str, int] = {}
+    enough = max(BATCH_BYTES, sum(plan.layer.nbytes for plan in layers) // MOST_BATCHES)
     for plan in layers:
         largest[plan.affinity] = max(largest.get(plan.affinity, 0), plan.layer.nbytes)
 
@@ -139,7 +141,7 @@ def batches(layers: Sequence[LayerPlan]) -> Iterator[list[LayerPlan]]:
             yield [plan]
             continue
         together = bool(pending and plan.affinity and plan.affinity == pending[-1].affinity)
-        if (size >= BATCH_BYTES or len(pending) == BATCH_LAYERS) and not together:
+        if (size >= enough or len(pending) == BATCH_LAYERS) and not together:
             yield pending
             pending, size = [], 0
         pending.append(plan)
@@ -151,15 +153,20 @@ def batches(layers: Sequence[LayerPlan]) -> Iterator[list[LayerPlan]]:
 def submission(chosen: Iterable[list[LayerPlan]], environment: Environment) -> tuple[Graph, LayersOf]:
     """The fused graph of these batches, biggest layers first, and the keys to ask for with the layers of each; the
     result of each is a list of receipts, or a Failure. A batch's chains, joined by a node that gathers their receipts,
-    are fused into one task, so that what flows along an edge stays inside one worker's thread."""
+    are fused into one task, so that what flows along an edge stays inside one worker's thread. Where no chain has a
+    branch, one call runs them: fusing the nodes of 100,000 layers takes longer than planning them."""
     graph: Graph = {}
     layers_of: LayersOf = {}
     made = list(chosen)
     # Names decide which of many equal tasks Dask begins with: the last one, or the first where some wait for others.
     waiting = any(_shared_scale(batch[0]) for batch in made)
     for number, batch in enumerate(made):
-        nodes = stage_graph(batch, environment)
         key: Key = ("batch", f"{number if waiting else len(made) - number:07d}")
+        if all(_is_plain(plan) for plan in batch):
+            graph[key] = Task(key, run_chains, tuple(batch), environment)
+            layers_of[key] = batch
+            continue
+        nodes = stage_graph(batch, environment)
         if batch[0].parts:
             layers_of |= dict.fromkeys(_fuse_parts(batch[0], nodes, graph, key), batch)
             continue
@@ -169,6 +176,11 @@ def submission(chosen: Iterable[list[LayerPlan]], environment: Environment) -> t
     run = environment.run_id, str(next(_submissions))
     named: Graph = {(*run, *key): _guarded(key, task, run) for key, task in graph.items()}
     return named, {(*run, *key): batch for key, batch in layers_of.items()}
+
+
+def _is_plain(plan: LayerPlan) -> bool:
+    """Whether its part of the stage graph is one chain."""
+    return not plan.parts and not plan.together
 
 
 def _fuse_parts(plan: LayerPlan, nodes: Graph, graph: Graph, prefix: Key) -> list[Key]:
@@ -212,48 +224,3 @@ class Guarded:
             return self.task(dict(zip(self.needs, values, strict=True)))
         except Exception as error:
             return Failure(error)
-
-
-def start(plan: LayerPlan, rows: tuple[int, int], environment: Environment, step: Step, _after: object = None) -> Work:
-    """A fresh work with the first step's stream. Whatever it waited for is done."""
-    prepare_thread(environment)
-    work = Work(plan, rows, environment, started=time.perf_counter())
-    return step.run(work)
-
-
-def part_amax(step: Scale, work: Work) -> float:
-    """Largest magnitude of a row range."""
-    return step.amax(work, work.rows)
-
-
-def combine_amaxes(plan: LayerPlan, environment: Environment, amaxes: Sequence[float]) -> float:
-    """The scale of the whole tensor."""
-    prepare_thread(environment)
-    work = Work(plan, (0, plan.rows), environment)
-    for step in plan.steps:
-        if isinstance(step, Scale):
-            return step.combine(work, list(amaxes))
-        work = step.run(work)
-    raise AssertionError("a shared scale without a scale step")
-
-
-def apply_scale(step: Scale, work: Work, whole: float) -> Work:
-    """The scale step, given the scale of the whole tensor."""
-    return step.run(replace(work, whole=whole))
-
-
-def make_receipt(work: Work) -> Receipt:
-    """What is reported of a finished chain; bytes known from the plan are counted once, with the first row range."""
-    plan = work.plan
-    share = (work.rows[1] - work.rows[0]) / max(1, plan.rows)
-    return Receipt(
-        plan.layer.name, plan.format, round(plan.layer.nbytes * share), round(plan.nbytes_out * share),
-        time.perf_counter() - work.started, work.squared_error, work.squared_weight, work.rows,
-        work.quality, work.gain, work.pieces,
-    )  # fmt: skip
-
-
-def gather_receipts(receipts: Sequence[Receipt]) -> list[Receipt]:
-    """The receipts of one task, which lets go of what its layers shared."""
-    release()
-    return list(receipts)

@@ -24,7 +24,7 @@ _OPTIONS = {
         "lora_dialect", "lora_output",
     ),
     "Output": ("dialect", "shard_size", "overwrite", "recipe_file"),
-    "Memory and devices": ("memory", "workers", "device", "scheduler", "writes"),
+    "Memory and devices": ("memory", "workers", "device", "scheduler", "writes", "simulate"),
     "Interruptions and errors": ("resume", "verify", "on_error"),
 }  # fmt: skip
 """Options of ``convert`` by the names of their parameters; what is not here comes last."""

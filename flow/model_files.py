@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from itertools import chain, islice
 from typing import Any
 
 from .. import __version__
 from ..formats.comfy import HEADER_KEY, header_entry
 from ..formats.errors import PlanError
+from ..formats.heads import Metadata, nothing
 from ..formats.manifest import KEY
 from ..formats.places import same_file
 from ..formats.shards import Shard, lay_out, stem_of
 from ..formats.source import Source
+from ..formats.tensors import Slot
 from ..stages.origin import ENTRY, Origin
 from ..stages.stage import Context
 from ..stages.work import LayerPlan
@@ -33,13 +35,18 @@ def lay_out_model(
     common = {key: value for key, value in metadata.items() if key != KEY}
     layers = [split_large(layer) for layer in layers]
     own = checksum_entries(layers, source.layout, digest)
+    groups, stem = [layer.outputs for layer in layers], stem_of(source.files)
     shards = lay_out(
-        [layer.outputs for layer in layers], output.path, output.shard_bytes,
-        lambda specs: {**common, **own(specs)} if KEY in metadata else common, stem_of(source.files),
-    )  # fmt: skip
+        groups, output.path, output.shard_bytes, Metadata(common, own if KEY in metadata else nothing), stem
+    )
     _refuse_same_file(source, output, shards)
-    slots = {slot.name: slot for shard in shards for slot in shard.slots}
-    return [replace(layer, slots=tuple(slots[spec.name] for spec in layer.outputs)) for layer in layers], shards
+    slots = chain.from_iterable(shard.slots for shard in shards)  # in the order of the outputs
+    return [_placed(layer, slots) for layer in layers], shards
+
+
+def _placed(layer: LayerPlan, slots: Iterator[Slot]) -> LayerPlan:
+    own = tuple(islice(slots, len(layer.outputs)))
+    return layer.having(outputs=own, slots=own)
 
 
 def _refuse_same_file(source: Source, output: Output, shards: Sequence[Shard]) -> None:
@@ -65,7 +72,7 @@ def _metadata(recipe: Recipe, source: Source, layers: Sequence[LayerPlan], diges
     metadata = {key: value for key, value in source.metadata.items() if key not in (HEADER_KEY, ENTRY)}
     entries = {layer.layer.name: layer.entry for layer in layers if layer.entry is not None}
     if entries:
-        names = [spec.name for layer in layers for spec in layer.outputs]
+        names = (spec.name for layer in layers for spec in layer.outputs)
         metadata[HEADER_KEY] = header_entry(entries, names)
     stages = recipe.identity()
     if all(stage.verb != "quantize" for stage in recipe.stages):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..formats.objects import objects_at
 from ..formats.places import Place
-from ..formats.shards import SUFFIX, index_file, is_single_file, is_store, stem_of
+from ..formats.shards import SUFFIX, index_path, is_single_file, is_store, stem_of
 from .commit import PREVIOUS_SUFFIX
 from .plan import Plan
 from .run_journal import SUFFIX as JOURNAL_SUFFIX
@@ -32,10 +32,10 @@ def folders_of(plan: Plan) -> list[Path]:
 
 def final_paths(plan: Plan) -> list[Path]:
     """Everything that the commit creates, in the order in which it appears: a model comes after its adapter."""
-    index = index_file(plan.shards)
+    index = index_path(plan.shards)
     adapter = [] if plan.adapter is None else plan.adapter.files
     shards = [Path(shard.path) for shard in plan.shards]
-    return [*adapter, *shards, *(target for _, target in sidecars_of(plan)), *([index[0]] if index else [])]
+    return [*adapter, *shards, *(target for _, target in sidecars_of(plan)), *([index] if index else [])]
 
 
 def stale_files(plan: Plan) -> list[Path]:

@@ -48,7 +48,7 @@ def wrong_parts(plan: Plan) -> dict[str, str]:
             wrong[shard.path] = f"{path} is no regular file"
         elif status.st_size != shard.size:
             wrong[shard.path] = f"{path} has {status.st_size} bytes instead of {shard.size}"
-        elif (head := _start(path, len(shard.head))) != shard.head and not is_finished(head, shard.head):
+        elif (head := _start(path, len(planned := shard.head))) != planned and not is_finished(head, planned):
             wrong[shard.path] = f"{path} does not begin with the header that this conversion writes"
     return wrong
 
@@ -78,7 +78,7 @@ def check_complete(plan: Plan) -> None:
         size = place.lstat().st_size
         if size != shard.size:
             problem = f"has {size} bytes instead of {shard.size}"
-        elif not is_finished(_start(place, len(shard.head)), shard.head):
+        elif not is_finished(_start(place, len(planned := shard.head)), planned):
             problem = "does not begin with the finished header of this conversion"
         else:
             continue

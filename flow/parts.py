@@ -21,9 +21,11 @@ def split_large(plan: LayerPlan) -> LayerPlan:
     """The layer with row ranges of at most PART_BYTES, when it is quantized or decoded by rows and larger; one
     with an adapter stays whole."""
     nbytes = plan.layer.nbytes
+    if nbytes <= PART_BYTES:
+        return plan
     whole = plan.adapter is not None or any(isinstance(step, Solve) for step in plan.steps)
     by_rows = plan.format or isinstance(plan.steps[0], Decode)
-    if not by_rows or nbytes <= PART_BYTES or whole:
+    if not by_rows or whole:
         return plan
     multiple = math.lcm(ROWS_MULTIPLE, getattr(plan.steps[0], "multiple", 1))
     count = -(-nbytes // PART_BYTES)

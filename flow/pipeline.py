@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .plan import Plan
     from .report import Report
     from .settled import Settled
+    from .simulate import Simulation
 
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
@@ -206,6 +207,17 @@ class Flow:
         from .draw import draw
 
         return draw(self.plan, Path(path))
+
+    def simulate(self, cluster: str = "") -> Simulation:
+        """How long it would take elsewhere: ``gpus=8,read=6GB/s``, as ``quantloom plan --simulate`` has it.
+
+        Raises what planning raises, and UsageError for a cluster that cannot be.
+        """
+        from .budget import make_budget
+        from .simulate import Cluster, simulate
+
+        run = self.recipe.run
+        return simulate(self.plan.layers, make_budget(self.plan.layers, run, ""), Cluster.parse(cluster, run))
 
     def compute(self, client: Client | str | None = None, progress: Progress | None = None) -> Report:
         """Runs on the recipe's scheduler, or on a Dask client or address."""

@@ -25,6 +25,7 @@ from ..stages.work import LayerPlan
 from .adapter import AdapterFile, adapter_of, beside, equipped, lay_out_adapter, refuse_place
 from .budget import Budget
 from .checksums import checksum_entries
+from .collector import collector_paused
 from .estimate import estimate_seconds
 from .model_files import lay_out_model
 from .recipe import Output, Recipe
@@ -157,6 +158,7 @@ class Plan:
         return f"<pre>{html.escape(self.explain())}</pre>"
 
 
+@collector_paused()
 def make_plan(recipe: Recipe, settled: Settled = NOTHING) -> Plan:
     """Plans a conversion from headers alone, and from what is ``settled``.
 

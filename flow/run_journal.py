@@ -119,11 +119,14 @@ def head_of(plan: Plan) -> dict[str, Any]:
     """The first line: what a later run must have in common with this one, in parts that messages can name."""
     output = plan.output
     shards = [*plan.shards, *([] if plan.adapter is None else [plan.adapter.shard])]
-    heads = hashlib.sha256(b"".join(shard.head for shard in shards)).hexdigest()
+    heads = hashlib.sha256()
+    for shard in shards:
+        texts = [hashlib.sha256(text).hexdigest() for text in shard.metadata]
+        heads.update(repr((shard.size, texts, [(slot.name, slot.dtype, slot.shape) for slot in shard.slots])).encode())
     return {
         "journal": _VERSION, "version": __version__, "plan": plan.digest, "layout": plan.source.layout,
         "recipe": plan.recipe.identity(), "dialect": output.dialect, "shard_bytes": output.shard_bytes,
-        "kept": dict(plan.settled.kept), "heads": heads,
+        "kept": dict(plan.settled.kept), "heads": heads.hexdigest(),
         "ranks": None if plan.settled.ranks is None else dict(plan.settled.ranks), "notes": list(plan.settled.notes),
         "source": [[str(path), size, mtime] for path, size, mtime in plan.source.stamps],
         "quantized": [] if plan.base is None else [[str(path), size, mtime] for path, size, mtime in plan.base.stamps],

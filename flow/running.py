@@ -49,14 +49,19 @@ def show_plan(recipe: Recipe, options: Options, named: bool = True) -> None:
     from .budget import make_budget
     from .pipeline import Flow
 
-    made = Flow(recipe).plan
+    flow = Flow(recipe)
+    made = flow.plan
+    simulation = None if options.get("simulate") is None else flow.simulate(options["simulate"])
     budget = make_budget(made.layers, recipe.run, "")
     if named:
         made = _with_refusal(made)
     if options["as_json"]:
-        console.print_json(made.to_dict(budget))
+        more = {} if simulation is None else {"simulation": simulation.to_dict()}
+        console.print_json({**made.to_dict(budget), **more})
     elif not options["quiet"]:
         console.print_plan(made, budget, options["verbose"] > 0)
+        if simulation is not None:
+            console.print_text(simulation.explain())
 
 
 def _with_refusal(made: Plan) -> Plan:

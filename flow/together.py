@@ -27,7 +27,9 @@ def put_together(layers: Sequence[LayerPlan], device: str) -> list[LayerPlan]:
         for group in _groups(plans, most):
             together = tuple((plan.layer.name, plan.rows) for plan in group)
             found.update({plan.layer.name: together for plan in group if len(group) > 1})
-    return [replace(plan, together=found.get(plan.layer.name, ())) for plan in layers]
+    if not found:
+        return list(layers)
+    return [replace(plan, together=found[plan.layer.name]) if plan.layer.name in found else plan for plan in layers]
 
 
 def _key(plan: LayerPlan) -> Hashable | None:

@@ -132,6 +132,8 @@ def model_prefix(names: Iterable[str]) -> str:
     """The prefix that ComfyUI strips from these tensor names, or an empty string."""
     counts = dict.fromkeys(PREFIXES, 0)
     for name in names:
+        if not name.startswith(PREFIXES):
+            continue
         for prefix in PREFIXES:
             if name.startswith(prefix):
                 counts[prefix] += 1
@@ -143,5 +145,11 @@ def model_prefix(names: Iterable[str]) -> str:
 def header_entry(markers: Mapping[str, Mapping[str, object]], names: Iterable[str]) -> str:
     """Content of the ``_quantization_metadata`` header entry: every marker, layers named without the model prefix."""
     prefix = model_prefix(names)
-    layers = {name.removeprefix(prefix): dict(entry) for name, entry in markers.items()}
-    return json.dumps({"format_version": "1.0", "layers": layers})
+    words: dict[int, str] = {}  # layers of one shape share their entry
+    layers = {}
+    for name, entry in markers.items():
+        if id(entry) not in words:
+            words[id(entry)] = json.dumps(dict(entry))
+        layers[name.removeprefix(prefix)] = words[id(entry)]
+    listed = ", ".join(f"{json.dumps(name)}: {said}" for name, said in layers.items())
+    return f'{{"format_version": "1.0", "layers": {{{listed}}}}}'

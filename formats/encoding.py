@@ -13,7 +13,7 @@ from .swizzle import TILE_ROWS, unswizzle
 from .tensors import TensorRef, torch_dtype
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Layout:
     """What a dialect decides about canonical codes and scales."""
 
@@ -27,7 +27,7 @@ class Layout:
     """MXFP8: what exponent byte 0 means. ComfyUI decodes 0, the OCP specification 2**-127."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Encoding:
     """A quantized layer of an input."""
 

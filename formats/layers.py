@@ -30,7 +30,7 @@ _INTEGERS = ("BOOL", "I16", "U16", "I32", "U32", "I64", "U64")
 Parts = Mapping[str, TensorRef]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Layer:
     """The tensors that make up one weight, or one tensor that stands alone."""
 
@@ -50,7 +50,7 @@ class Layer:
     @property
     def nbytes(self) -> int:
         """Stored bytes."""
-        return sum(tensor.nbytes for tensor in self.tensors)
+        return sum([tensor.nbytes for tensor in self.tensors])
 
     @property
     def orphan(self) -> bool:

@@ -17,7 +17,6 @@ from typing import Any
 from .checksums import Piece, checksum, covers
 from .errors import CheckpointError, SinkError, shown
 from .safetensors import parse_json
-from .shards import Shard
 from .tensors import TensorRef, TensorSpec
 
 KEY = "quantloom.checksums"
@@ -65,16 +64,16 @@ def reserve(specs: Iterable[TensorSpec], pieces: Mapping[str, int], source: str,
     return _text({"algorithm": ALGORITHM, "header": _ZEROS, "source": source, "plan": plan, "tensors": tensors})
 
 
-def finished_head(shard: Shard, sums: Mapping[str, Sequence[Piece]]) -> bytes:
-    """The head of a file with the checksums of all its tensors, as long as the planned one; the planned one itself
-    where that has no entry.
+def finished_head(head: bytes, sums: Mapping[str, Sequence[Piece]], where: str) -> bytes:
+    """The head of the file ``where`` with the checksums of all its tensors, as long as the planned ``head``; that
+    itself where it has no entry.
 
     SinkError for a tensor that was not written wholly.
     """
-    table = json.loads(shard.head[8:])
+    table = json.loads(head[8:])
     entry = table.get(_METADATA, {}).get(KEY)
     if entry is None:
-        return shard.head
+        return head
     values = json.loads(entry)
     for name, room in values["tensors"].items():
         begin, end = table[name]["data_offsets"]
@@ -83,13 +82,13 @@ def finished_head(shard: Shard, sums: Mapping[str, Sequence[Piece]]) -> bytes:
         if not covers(found, end - begin) or len(found) > most:
             written = sum(piece.nbytes for piece in found)
             raise SinkError(
-                f"{shard.path}: tensor {shown(name)}: {written} of {end - begin} bytes were written, in {len(found)} "
+                f"{where}: tensor {shown(name)}: {written} of {end - begin} bytes were written, in {len(found)} "
                 f"pieces of at most {most}: run again; where that does not help, please report it"
             )
         values["tensors"][name] = _stated(found)
     table[_METADATA][KEY] = _text(values)
     text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
-    return seal(shard.head[:8] + text.ljust(len(shard.head) - 8))
+    return seal(head[:8] + text.ljust(len(head) - 8))
 
 
 def is_finished(head: bytes, planned: bytes) -> bool:

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from .checksums import checksum
 from .comfy import HEADER_KEY, MARKER, marker_tensor
 from .fileio import Reader
+from .heads import layout
 from .journal import Patch
 from .manifest import amended, resealed
 from .markers import Entry
-from .safetensors import Header, layout
+from .safetensors import Header
 from .tensors import DTYPE_BITS, TensorRef, TensorSpec
 
 MOST_MOVED = 16 << 20

@@ -1,4 +1,4 @@
-"""safetensors headers: read as though an attacker wrote them, and built before any weight exists.
+"""safetensors headers, read as though an attacker wrote them.
 
 A file is 8 bytes of header length (little endian), that many bytes of JSON, then the data without holes. Everything
 later trusts the offsets found here, so that each one is proven against the size of the file before it is handed on.
@@ -9,26 +9,24 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import sys
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from .errors import CheckpointError, PlanError, did_you_mean, shown
+from .errors import CheckpointError, did_you_mean, shown
 from .fileio import Reader
 from .tensors import DTYPE_BITS, TensorRef
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from .places import Place
-    from .tensors import TensorSpec
 
 MAX_HEADER_BYTES = 100_000_000
 """Longest JSON header that is read or written; the safetensors library has the same limit."""
 
-DATA_ALIGNMENT = 64
-"""The data of a written file starts at a multiple of this many bytes."""
-
-_METADATA = "__metadata__"
+METADATA = "__metadata__"
 _MAX_COUNT = 2**63
 _PICKLE = "is a pickle, which can run code; convert it to safetensors first"
 _MAGIC: tuple[tuple[bytes, str], ...] = (
@@ -72,43 +70,12 @@ def parse_head(where: str, head: bytes, size: int) -> Header:
     table = parse_json(head[8:], f"{where}: header")
     if not isinstance(table, dict):
         raise CheckpointError(f"{where}: header is a JSON {type(table).__name__}, not an object")
-    metadata = _check_metadata(where, table.pop(_METADATA, {}))
+    metadata = _check_metadata(where, table.pop(METADATA, {}))
     refs = [_check_tensor(where, name, info, len(head)) for name, info in table.items()]
     # Tensors without elements share their offset with a neighbour and have to come before it.
     refs.sort(key=lambda ref: (ref.start, ref.nbytes))
     _check_coverage(where, refs, len(head), size)
     return Header(where, tuple(refs), metadata, hashlib.sha256(head).hexdigest())
-
-
-def layout(specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> tuple[bytes, list[int], int]:
-    """Place tensors in one file: header bytes (length included), start of each spec in the given order, file size.
-
-    Starts and size are in bytes from the beginning of the file. Wider dtypes come first, equal ones keep their order:
-    as the data starts aligned, every tensor is then aligned to its element size without a hole, which the format
-    forbids. Raises PlanError for what no reader would accept.
-    """
-    order = sorted(range(len(specs)), key=lambda index: -DTYPE_BITS[_writable(specs[index]).dtype])
-    table: dict[str, Any] = {_METADATA: dict(metadata)}
-    starts, position = [0] * len(specs), 0
-    for index in order:
-        spec = specs[index]
-        if spec.name in table:
-            raise PlanError(f"tensor {shown(spec.name)} would be written twice in one file, or has a reserved name")
-        starts[index] = position
-        end = position + spec.nbytes
-        table[spec.name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [position, end]}
-        position = end
-    if not metadata:
-        del table[_METADATA]
-    try:
-        text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        raise PlanError(f"tensor name or metadata {shown(error.object)} cannot be written as UTF-8") from error
-    text += b" " * (-(8 + len(text)) % DATA_ALIGNMENT)
-    if len(text) > MAX_HEADER_BYTES:
-        raise PlanError(f"header of {len(text)} bytes; readers accept {MAX_HEADER_BYTES}: write more shards")
-    head = len(text).to_bytes(8, "little") + text
-    return head, [len(head) + start for start in starts], len(head) + position
 
 
 def parse_json(raw: bytes, where: str) -> Any:
@@ -178,10 +145,10 @@ def _read_head(reader: Reader) -> bytes:
 
 def _check_metadata(where: str, metadata: Any) -> dict[str, str]:
     if not isinstance(metadata, dict):
-        raise CheckpointError(f"{where}: {_METADATA} is {shown(metadata)}, not an object of strings")
+        raise CheckpointError(f"{where}: {METADATA} is {shown(metadata)}, not an object of strings")
     for key, value in metadata.items():
         if not isinstance(value, str):
-            raise CheckpointError(f"{where}: {_METADATA} key {shown(key)} holds {shown(value)}, not a string")
+            raise CheckpointError(f"{where}: {METADATA} key {shown(key)} holds {shown(value)}, not a string")
     return metadata
 
 
@@ -222,7 +189,13 @@ def _check_entry(info: Any) -> tuple[str, tuple[int, ...], int]:
         raise ValueError(
             f"{dtype} of shape {shown(shape)} takes {bits // 8} bytes, but data_offsets {offsets} hold {end - begin}"
         )
-    return dtype, tuple(shape), begin
+    return sys.intern(dtype), _shared_shape(tuple(shape)), begin
+
+
+@lru_cache(maxsize=4096)
+def _shared_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """One tuple for all tensors of a shape: a checkpoint of 100,000 tensors has a dozen."""
+    return shape
 
 
 def _check_coverage(where: str, refs: Sequence[TensorRef], data_start: int, size: int) -> None:
@@ -249,12 +222,3 @@ def _check_coverage(where: str, refs: Sequence[TensorRef], data_start: int, size
 
 def _is_counts(value: Any) -> bool:
     return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
-
-
-def _writable(spec: TensorSpec) -> TensorSpec:
-    at = f"tensor {shown(spec.name)}"
-    if spec.dtype not in DTYPE_BITS:
-        raise PlanError(f"{at}: unknown dtype {spec.dtype!r}{did_you_mean(spec.dtype, DTYPE_BITS)}")
-    if spec.numel * DTYPE_BITS[spec.dtype] % 8:
-        raise PlanError(f"{at}: {spec.dtype} of shape {list(spec.shape)} is not a whole number of bytes")
-    return spec

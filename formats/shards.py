@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from .heads import Metadata, Texts, place
 from .places import Place
-from .safetensors import layout
 from .tensors import Slot, TensorSpec
 from .urls import is_url
 
@@ -23,11 +23,17 @@ class Shard:
     """One output file."""
 
     path: str
-    head: bytes
-    """Length and JSON header, padded."""
     size: int
     """Bytes of the whole file."""
     slots: tuple[Slot, ...]
+    metadata: Texts
+    """``__metadata__`` as JSON, in pieces that the files of a model share."""
+
+    @property
+    def head(self) -> bytes:
+        """Length and JSON header, padded: made when asked for, as the heads of many shards are longer than the rest of
+        a plan."""
+        return place(self.slots, self.metadata).head
 
 
 def is_single_file(output: str) -> bool:
@@ -42,11 +48,11 @@ def is_store(output: str) -> bool:
 
 def lay_out(
     groups: Sequence[Sequence[TensorSpec]], output: str, shard_bytes: int | None,
-    metadata: Callable[[Sequence[TensorSpec]], Mapping[str, str]], stem: str = "model",
+    metadata: Metadata, stem: str = "model",
 ) -> list[Shard]:  # fmt: skip
     """Shards of at most ``shard_bytes`` (None: a file is one, a folder is split at 5 GB); a group is never split.
 
-    ``metadata`` gives ``__metadata__`` of a file with these tensors. ``stem`` is the file name in a folder, as in
+    ``metadata`` is ``__metadata__`` of each file. ``stem`` is the file name in a folder, as in
     ``model-00001-of-00002.safetensors``. A store has the shards of a folder (`zarr_store` says where).
     """
     path = Path(output)
@@ -72,27 +78,35 @@ def lay_out(
         places = [(f"{root}/{name}", f"{whole}/{number}") for number, name in enumerate(names, 1)]
     else:
         places = [(str(folder / name), str((folder / name).absolute())) for name in names]
-    return [_shard(*place, specs, metadata(specs)) for place, specs in zip(places, bins, strict=True)]
+    return [_shard(*names, specs, metadata.of(specs)) for names, specs in zip(places, bins, strict=True)]
 
 
-def _shard(path: str, place: str, specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> Shard:
-    head, starts, size = layout(specs, metadata)
+def _shard(path: str, full: str, specs: Sequence[TensorSpec], metadata: Texts) -> Shard:
+    placed = place(specs, metadata)
+    begin = placed.length
     slots = tuple(
-        Slot(spec.name, spec.dtype, spec.shape, place, start) for spec, start in zip(specs, starts, strict=True)
+        Slot(spec.name, spec.dtype, spec.shape, full, begin + start)
+        for spec, start in zip(specs, placed.starts, strict=True)
     )
-    return Shard(path, head, size, slots)
+    return Shard(path, begin + placed.size, slots, metadata)
+
+
+def index_path(shards: Sequence[Shard]) -> Path | None:
+    """Path of the index of several shards; None for one, or none at all."""
+    if len(shards) < 2:
+        return None
+    first = Path(shards[0].path)
+    return first.with_name(re.sub(r"-\d{5}-of-\d{5}\.safetensors$", "", first.name) + f"{SUFFIX}.index.json")
 
 
 def index_file(shards: Sequence[Shard]) -> tuple[Path, bytes] | None:
     """Path and content of the index of several shards; None for one, or none at all."""
-    if len(shards) < 2:
+    if (path := index_path(shards)) is None:
         return None
-    first = Path(shards[0].path)
-    stem = re.sub(r"-\d{5}-of-\d{5}\.safetensors$", "", first.name)
     weight_map = {slot.name: Path(slot.path).name for shard in shards for slot in shard.slots}
     total = sum(slot.nbytes for shard in shards for slot in shard.slots)
     content = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n"
-    return first.with_name(f"{stem}{SUFFIX}.index.json"), content.encode()
+    return path, content.encode()
 
 
 def stem_of(files: Sequence[Place]) -> str:

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .checksums import Piece
+from .heads import layout
 from .manifest import KEY, finished_head
 from .output_store import OutputStore, StoredShard, StoredTensor
-from .safetensors import layout
 from .shards import SUFFIX, Shard, index_file
 from .tensors import Slot
 
@@ -50,7 +50,7 @@ def lay_out_files(store: OutputStore, single: str | None) -> Files:
     for name, shard, own in zip(names, shards, pieces, strict=True):
         tensors = tuple(zip(shard.tensors, own, strict=True))
         named.append(_named(shard, name))
-        files.append(FileLayout(name, finished_head(named[-1], _sums(tensors)), shard.size, tensors))
+        files.append(FileLayout(name, finished_head(shard.head, _sums(tensors), name), shard.size, tensors))
     index = index_file(named)
     return Files(tuple(files), None if index is None else (index[0].name, index[1]))
 
@@ -68,7 +68,7 @@ def _joined(shards: Sequence[StoredShard], pieces: Sequence[Sequence[Sequence[Pi
     head, starts, size = layout([tensor.ref for tensor in tensors], _joined_metadata(shards))
     order = sorted(range(len(tensors)), key=lambda index: (starts[index], tensors[index].ref.nbytes))
     ordered = tuple((tensors[index], own[tensors[index].array]) for index in order)
-    return FileLayout(name, finished_head(Shard(name, head, size, ()), _sums(ordered)), size, ordered)
+    return FileLayout(name, finished_head(head, _sums(ordered), name), size, ordered)
 
 
 def _joined_metadata(shards: Sequence[StoredShard]) -> dict[str, str]:
@@ -89,4 +89,4 @@ def _named(shard: StoredShard, name: str) -> Shard:
     """A shard under its final name."""
     refs = [tensor.ref for tensor in shard.planned]
     slots = tuple(Slot(ref.name, ref.dtype, ref.shape, name, ref.start) for ref in refs)
-    return Shard(name, shard.head, shard.size, slots)
+    return Shard(name, shard.size, slots, ())

@@ -54,7 +54,7 @@ class Declared:
         return cls(str(quantization.get("quant_method")), blocks.pop() if len(blocks) == 1 else None, dtype)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Stored:
     """The tensors of one quantized layer."""
 

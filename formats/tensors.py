@@ -41,7 +41,7 @@ def torch_dtype(name: str) -> torch.dtype:
     return dtype
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorSpec:
     """What a tensor will be: name, dtype and shape, before it has a place."""
 
@@ -58,7 +58,7 @@ class TensorSpec:
     @property
     def nbytes(self) -> int:
         """Bytes of the stored tensor (sub-byte dtypes are packed without gaps)."""
-        return self.numel * DTYPE_BITS[self.dtype] // 8
+        return math.prod(self.shape) * DTYPE_BITS[self.dtype] // 8
 
     @property
     def row_bytes(self) -> int:
@@ -66,7 +66,7 @@ class TensorSpec:
         return self.nbytes // self.shape[0] if self.shape and self.shape[0] else self.nbytes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorRef(TensorSpec):
     """One stored tensor of an input: where its bytes lie. Never holds data."""
 
@@ -76,7 +76,7 @@ class TensorRef(TensorSpec):
     """Absolute offset of the first byte in ``path``."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Slot(TensorSpec):
     """The place of one output tensor, known before any weight is read."""
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
-from ..formats.comfy import LayerOptions, storage
+from ..formats.comfy import LayerOptions, Storage, storage
 from ..formats.format import Format
-from ..formats.tensors import TensorRef
+from ..formats.layers import Layer
+from ..formats.tensors import TensorRef, TensorSpec
 from .bias import CorrectBias, Project
 from .inputs import Inputs
 from .matrix import Solve
-from .methods import make_method
+from .methods import BY_ROWS, make_method
 from .packing import Pack
 from .reading import reader
 from .rotation import Rotate
@@ -40,7 +42,16 @@ class Choice:
     bias: TensorRef | None = None
     """The bias that is to be corrected."""
 
-    @property
+    _chains: dict[Hashable, Chain] = field(default_factory=dict, init=False, compare=False, repr=False)
+
+    def chain(self, layer: Layer) -> Chain:
+        """What the layer shares with others of its kind."""
+        kind = layer.weight.shape, layer.weight.dtype, layer.encoding is None
+        if (found := self._chains.get(kind)) is None:
+            found = self._chains[kind] = _chain(self, layer)
+        return found
+
+    @cached_property
     def words(self) -> str:
         """The format in words: ``fp8 block 128``, ``int8 row rotated 256``."""
         fmt = self.format
@@ -50,15 +61,54 @@ class Choice:
         return " ".join(words) + (f" rotated {self.rotation}" if self.rotation else "")
 
 
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """What all layers share that have one shape, one dtype and one choice."""
+
+    steps: tuple[Step, ...]
+    """From the first read to the write."""
+    storage: Storage
+    """Names in it follow the layer's."""
+    entry: dict[str, object]
+
+
+_WRITE = Write()
+
+
 def quantized(plan: LayerPlan, choice: Choice) -> LayerPlan:
     """The layer with the chain of the choice and the tensors that it stores."""
-    layer, fmt = plan.layer, choice.format
+    layer = plan.layer
+    chain = choice.chain(layer)
+    steps, outputs = chain.steps, tuple(_named(layer.name, spec) for spec in chain.storage.specs)
+    known = outputs[len(outputs) - len(chain.storage.constants) :]
+    constants = tuple((spec, content) for spec, (_, content) in zip(known, chain.storage.constants, strict=True))
+    if choice.bias is not None and choice.inputs is not None:
+        correction = CorrectBias(_arguments(choice.format), choice.bias, choice.inputs)
+        steps, outputs = (*steps[:-1], correction, _WRITE), (*outputs, choice.bias)
+        layer = replace(layer, tensors=(*layer.tensors, choice.bias))
+    by_rows = choice.rounding in BY_ROWS
+    return LayerPlan(
+        layer, steps, outputs, choice.words, choice.rounding, constants=constants, entry=chain.entry,
+        affinity="" if by_rows or choice.inputs is None else choice.inputs.shared, inputs=choice.inputs,
+    )  # fmt: skip
+
+
+def _named(layer: str, spec: TensorSpec) -> TensorSpec:
+    return TensorSpec(layer + spec.name, spec.dtype, spec.shape)
+
+
+def _arguments(fmt: Format) -> tuple[str, str, int | None]:
+    return fmt.name, fmt.scaling, fmt.block_size
+
+
+def _chain(choice: Choice, layer: Layer) -> Chain:
+    fmt = choice.format
     rows, columns = layer.weight.shape
     options = LayerOptions(
         choice.rotation, choice.full_precision_matmul, choice.input_scale, layer.weight.dtype,
     )  # fmt: skip
-    stored = storage(layer.name, (rows, columns), fmt, options)
-    arguments = (fmt.name, fmt.scaling, fmt.block_size)
+    stored = storage("", (rows, columns), fmt, options)
+    arguments = _arguments(fmt)
     steps: list[Step] = [reader(layer, fmt.rows_multiple)]
     if choice.bias is not None and choice.inputs is not None:
         steps.append(Project(choice.inputs))
@@ -67,14 +117,5 @@ def quantized(plan: LayerPlan, choice: Choice) -> LayerPlan:
     method = make_method(choice.rounding, choice.rounding_options)
     steps.append(Scale(arguments, choice.rounding != "nearest"))
     steps.append(Round(arguments) if method is None else Solve(arguments, method, choice.inputs))
-    steps.append(Pack(arguments, stored))
-    outputs = stored.specs
-    if choice.bias is not None and choice.inputs is not None:
-        steps.append(CorrectBias(arguments, choice.bias, choice.inputs))
-        outputs, layer = (*outputs, choice.bias), replace(layer, tensors=(*layer.tensors, choice.bias))
-    return replace(
-        plan, layer=layer, steps=(*steps, Write()), outputs=outputs, constants=stored.constants,
-        entry=dict(stored.marker), format=choice.words, reason="", settings=None, rounding=choice.rounding,
-        affinity="" if method is None or choice.inputs is None else choice.inputs.shared,
-        inputs=choice.inputs,
-    )  # fmt: skip
+    steps += [Pack(arguments, stored), _WRITE]
+    return Chain(tuple(steps), stored, dict(stored.marker))

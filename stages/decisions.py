@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from .presets import Preset
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Candidate:
     """A weight that might be quantized, as its layer will see it."""
 
@@ -20,7 +20,7 @@ class Candidate:
     """safetensors dtype: of an already quantized layer that is decoded on read, what it decodes to."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Decision:
     """What happens to one weight."""
 

@@ -18,6 +18,7 @@ from .reading import Copy, Decode, read_whole
 from .work import LayerPlan
 from .writing import Write
 
+_WRITE = Write()
 _LEGACY_NAMES = {names[LEGACY]: names[COMFY] for names in (SCALES, INPUT_SCALES)}
 
 
@@ -53,6 +54,11 @@ def verbatim(layer: Layer, reason: str = "") -> LayerPlan:
 
 def renamed(layer: Layer, reason: str = "") -> LayerPlan:
     """Copies every tensor, legacy ones under their new names; the marker is written anew, equal to the header's."""
+    if layer.encoding is None and layer.marker is None and len(layer.tensors) == 1:
+        (ref,) = layer.tensors
+        if ref.name.removeprefix(layer.name) in ("", ".weight"):
+            steps = (Copy(((ref.name, ref.name),)), _WRITE)
+            return LayerPlan(layer, steps, (TensorSpec(ref.name, ref.dtype, ref.shape),), reason=reason)
     legacy = layer.encoding is not None and layer.encoding.dialect == LEGACY
     names = []
     for ref in layer.tensors:

@@ -23,28 +23,32 @@ class Pack:
 
     format: tuple[str, str, int | None]
     storage: Storage
+    """Names in it follow the layer's: layers of one shape share the step."""
     name: str = "pack"
 
     def run(self, work: Work) -> Work:
-        fmt = make_format(*self.format)
+        fmt, layer = make_format(*self.format), work.plan.layer.name
         upstream = work.stream
         assert upstream is not None
 
         def stream(start: int, stop: int) -> Iterator[Chunk]:
-            scales = _Tiles(self.storage, start) if self.storage.layout.swizzled else _Rows(self.storage, fmt)
+            scales: _Tiles | _Rows
+            name = layer + self.storage.scales.name
+            scales = _Tiles(name, start) if self.storage.layout.swizzled else _Rows(name, fmt)
             for chunk in upstream(start, stop):
                 assert chunk.codes is not None
                 codes = chunk.codes
                 if self.storage.layout.high_nibble_first:
                     codes = (codes << 4) | (codes >> 4)
-                place = chunk.start * self.storage.codes.row_bytes
-                chunk.writes = [(self.storage.codes.name, place, download("codes out", codes))]
+                stored = self.storage.codes
+                place = chunk.start * stored.row_bytes
+                chunk.writes = [(layer + stored.name, place, download("codes out", codes))]
                 if chunk.start + codes.shape[0] == work.plan.rows:
-                    chunk.writes += self._padding(work.plan.rows)
+                    chunk.writes += self._padding(layer, work.plan.rows)
                 chunk.writes += scales.add(chunk, last=chunk.start + codes.shape[0] == stop)
                 if chunk.start == 0 and self.storage.whole is not None and work.whole is not None:
                     value = torch.frombuffer(bytearray(struct.pack("<f", work.whole)), dtype=torch.float32)
-                    chunk.writes.append((self.storage.whole.name, 0, value))
+                    chunk.writes.append((layer + self.storage.whole.name, 0, value))
                 yield chunk
 
         work.stream = stream
@@ -55,18 +59,19 @@ class Pack:
         padding = self.storage.codes.nbytes - plan.rows * self.storage.codes.row_bytes
         return chunk_elements(plan, environment) * 2 + padding + 4 * TILE_ROWS * (self.storage.scales.row_bytes or 1)
 
-    def _padding(self, rows: int) -> list[tuple[str, int, torch.Tensor]]:
+    def _padding(self, layer: str, rows: int) -> list[tuple[str, int, torch.Tensor]]:
         """Zeros behind the last row: written, so that a checksum has seen every byte."""
         codes = self.storage.codes
         missing = codes.nbytes - rows * codes.row_bytes
-        return [(codes.name, codes.nbytes - missing, torch.zeros(missing, dtype=torch.uint8))] if missing else []
+        zeros = torch.zeros(missing, dtype=torch.uint8)
+        return [(layer + codes.name, codes.nbytes - missing, zeros)] if missing else []
 
 
 class _Rows:
     """Row-major scales: each chunk's lie behind those before it."""
 
-    def __init__(self, storage: Storage, fmt: Format) -> None:
-        self.name, self.fmt = storage.scales.name, fmt
+    def __init__(self, name: str, fmt: Format) -> None:
+        self.name, self.fmt = name, fmt
 
     def add(self, chunk: Chunk, last: bool) -> list[tuple[str, int, torch.Tensor]]:
         assert chunk.scales is not None
@@ -81,8 +86,8 @@ class _Rows:
 class _Tiles:
     """Swizzled scales: collected until whole tiles of 128 rows are there. Tasks start at multiples of 128 rows."""
 
-    def __init__(self, storage: Storage, start: int) -> None:
-        self.name, self.start = storage.scales.name, start
+    def __init__(self, name: str, start: int) -> None:
+        self.name, self.start = name, start
         self.pending: list[torch.Tensor] = []
 
     def add(self, chunk: Chunk, last: bool) -> list[tuple[str, int, torch.Tensor]]:

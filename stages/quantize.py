@@ -149,20 +149,32 @@ class _Planner:
         """Layers without statistics."""
         self.scaled: set[str] = set()
         """Layers with an activation scale of their own."""
+        self._options: dict[str, tuple[dict[str, Any], Format]] = {}
+        self._choices: dict[str, Choice] = {}
+        """What layers share whose settings of their own are the same."""
 
     def plan(self, plan: LayerPlan) -> LayerPlan:
         """The chain of a targeted layer, or why it is kept."""
         assert plan.settings is not None
-        chosen, name = self.stage.merged(plan.settings.overrides), plan.layer.name
-        fmt = self.stage.checked_format(chosen)
+        own, name = repr(plan.settings.overrides), plan.layer.name
+        if own not in self._options:
+            merged = self.stage.merged(plan.settings.overrides)
+            self._options[own] = merged, self.stage.checked_format(merged)
+        chosen, fmt = self._options[own]
         rows, columns = plan.layer.weight.shape
         reason = plan.settings.barred.get(fmt.name) or fmt.refuse((rows, columns))
         if self.evidence is not None and name not in self.evidence and not reason:
             self.missing.append(name)
             if chosen["rounding"] == "calibrated":
                 reason = "no statistics of its inputs" if self.stage.without_statistics == KEEP else None
-                chosen.update(rounding=self.stage.without_statistics, rounding_options={})
-        return keep(plan.layer, reason) if reason else quantized(plan, self._choice(plan, fmt, chosen))
+                chosen = {**chosen, "rounding": self.stage.without_statistics, "rounding_options": {}}
+        if reason:
+            return keep(plan.layer, reason)
+        if self.evidence is not None or name in self.numbers or chosen["rotate"]:
+            return quantized(plan, self._choice(plan, fmt, chosen))
+        if own not in self._choices:
+            self._choices[own] = self._choice(plan, fmt, chosen)
+        return quantized(plan, self._choices[own])
 
     def _choice(self, plan: LayerPlan, fmt: Format, chosen: Mapping[str, Any]) -> Choice:
         name, columns, rotate = plan.layer.name, plan.layer.weight.shape[1], chosen["rotate"]

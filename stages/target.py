@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -49,6 +49,7 @@ class Target(Targeting):
             (context.warnings if note.startswith(_WARNING) else context.notes).append(note.removeprefix(_WARNING))
         removed = set(result.removed)
         planned = []
+        usual = Settings()
         for plan in layers:
             name = plan.layer.name
             if plan.layer.weight.name in removed:
@@ -60,7 +61,9 @@ class Target(Targeting):
             if decision.keep is not None:
                 planned.append(keep(plan.layer, decision.keep))
             else:
-                planned.append(replace(plan, settings=Settings(decision.settings, decision.formats_barred)))
+                own = decision.settings or decision.formats_barred
+                settings = Settings(decision.settings, decision.formats_barred) if own else usual
+                planned.append(plan.having(settings=settings))
         return planned
 
 

@@ -73,7 +73,7 @@ class Step(Protocol):
         """Bytes that the step holds at most while a task of the layer runs."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Settings:
     """What targeting decided for a layer that is to be quantized."""
 
@@ -83,7 +83,7 @@ class Settings:
     """Formats that this layer must not have, with the reason."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class AdapterPlan:
     """The adapter that a layer gets."""
 
@@ -109,7 +109,7 @@ class AdapterPlan:
         return sum(spec.nbytes for spec in self.specs)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class LayerPlan:
     """Everything that will happen to one layer, before any weight is read."""
 
@@ -153,6 +153,13 @@ class LayerPlan:
     def nbytes_out(self) -> int:
         """Bytes written."""
         return sum(spec.nbytes for spec in self.outputs)
+
+    def having(self, **changes: Any) -> LayerPlan:
+        """``dataclasses.replace``, which checks every field again: plans of 100,000 layers change several times."""
+        made = object.__new__(LayerPlan)
+        for name in LayerPlan.__slots__:
+            object.__setattr__(made, name, changes[name] if name in changes else getattr(self, name))
+        return made
 
     def peak_bytes(self, environment: Environment) -> int:
         """Working memory of one task of it, at most."""

@@ -23,11 +23,11 @@ from quantloom.flow.verify import verify
 from quantloom.flow.verify_checksums import Finding, verify_checksums
 from quantloom.formats.checksums import Piece, checksum
 from quantloom.formats.errors import CheckpointError, SinkError, UsageError
+from quantloom.formats.heads import layout
 from quantloom.formats.manifest import ALGORITHM, KEY, finished_head, parse, reserve, seal
-from quantloom.formats.safetensors import layout, read_header
-from quantloom.formats.shards import Shard
+from quantloom.formats.safetensors import read_header
 from quantloom.formats.source import open_source
-from quantloom.formats.tensors import Slot, TensorSpec
+from quantloom.formats.tensors import TensorSpec
 from quantloom.stages.edit import Edit
 
 
@@ -160,13 +160,11 @@ def test_every_byte_has_to_be_written(checkpoint: Path, tmp_path: Path) -> None:
 def test_the_header_keeps_its_length_and_the_room_is_enough() -> None:
     specs = [TensorSpec("a", "U8", (10**6, 3)), TensorSpec('b"\\ü', "F32", (2,))]
     entry = reserve(specs, {"a": 3}, "f" * 64, "e" * 64)
-    head, starts, size = layout(specs, {KEY: entry})
-    slots = tuple(Slot(spec.name, spec.dtype, spec.shape, "x", at) for spec, at in zip(specs, starts, strict=True))
-    shard = Shard("x", head, size, slots)
+    head, _, _ = layout(specs, {KEY: entry})
     pair = Piece('b"\\ü', 0, 8, "1" * 16)
     for cuts in ([3 * 10**6], [1, 3 * 10**6 - 1], [10**6] * 3):
         pieces = [Piece("a", sum(cuts[:number]), nbytes, "2" * 16) for number, nbytes in enumerate(cuts)]
-        made = finished_head(shard, {"a": pieces, 'b"\\ü': [pair]})
+        made = finished_head(head, {"a": pieces, 'b"\\ü': [pair]}, "x")
         assert len(made) == len(head)
         assert seal(made) == made
         table = json.loads(made[8:])
@@ -175,7 +173,7 @@ def test_the_header_keeps_its_length_and_the_room_is_enough() -> None:
         digits = json.loads(table["__metadata__"][KEY])["header"]
         assert checksum(made.replace(digits.encode(), b"0" * 16)) == digits, "as the docs say it is computed"
     with pytest.raises(SinkError, match="4 pieces of at most 3"):
-        finished_head(shard, {"a": [Piece("a", n * 750_000, 750_000, "2" * 16) for n in range(4)], 'b"\\ü': [pair]})
+        finished_head(head, {"a": [Piece("a", n * 750_000, 750_000, "2" * 16) for n in range(4)], 'b"\\ü': [pair]}, "x")
 
 
 # -- whatever differs is found -----------------------------------------------------------------------------------------

@@ -23,8 +23,8 @@ from quantloom.flow.plan import Plan
 from quantloom.flow.recipe import Run
 from quantloom.formats import comfy
 from quantloom.formats.errors import PlanError
+from quantloom.formats.heads import layout
 from quantloom.formats.registry import make_format
-from quantloom.formats.safetensors import layout
 from quantloom.formats.tensors import TensorSpec
 
 MB = 10**6

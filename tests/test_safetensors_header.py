@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantloom.formats.errors import CheckpointError, PlanError
-from quantloom.formats.safetensors import DATA_ALIGNMENT, Header, layout, parse_json, read_header
+from quantloom.formats.heads import DATA_ALIGNMENT, layout
+from quantloom.formats.safetensors import Header, parse_json, read_header
 from quantloom.formats.tensors import DTYPE_BITS, TensorSpec, torch_dtype
 
 if TYPE_CHECKING:
@@ -364,7 +365,7 @@ class TestLayout:
 
 
 def test_header_that_readers_would_refuse_for_its_length(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("quantloom.formats.safetensors.MAX_HEADER_BYTES", 1000)
+    monkeypatch.setattr("quantloom.formats.heads.MAX_HEADER_BYTES", 1000)
     layout([TensorSpec("n" * 850, "F16", (2,))], {})
     with pytest.raises(PlanError, match="header of 1016 bytes; readers accept 1000: write more shards"):
         layout([TensorSpec("n" * 950, "F16", (2,))], {})

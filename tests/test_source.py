@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from quantloom.formats import source as source_module
 from quantloom.formats.errors import CheckpointError
-from quantloom.formats.safetensors import layout
+from quantloom.formats.heads import layout
 from quantloom.formats.source import Source, open_source
 from quantloom.formats.tensors import TensorSpec
 

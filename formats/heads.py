@@ -1,0 +1,141 @@
+"""Headers of files that are to be written: built from names, dtypes and shapes, before any weight exists."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from json.encoder import encode_basestring
+from typing import TYPE_CHECKING
+
+from .errors import PlanError, did_you_mean, shown
+from .safetensors import MAX_HEADER_BYTES, METADATA
+from .tensors import DTYPE_BITS, TensorSpec
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+DATA_ALIGNMENT = 64
+"""The data of a written file starts at a multiple of this many bytes."""
+
+
+Texts = tuple[bytes, ...]
+"""``__metadata__`` as JSON in pieces; none where there is none."""
+
+
+def nothing(_specs: Sequence[TensorSpec]) -> dict[str, str]:
+    """No entries."""
+    return {}
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """``__metadata__`` of the files of a model: entries that all have, and those of each, from the tensors in it."""
+
+    common: Mapping[str, str]
+    own: Callable[[Sequence[TensorSpec]], Mapping[str, str]] = nothing
+
+    @cached_property
+    def _text(self) -> bytes:
+        return metadata_text(self.common)
+
+    def of(self, specs: Sequence[TensorSpec]) -> Texts:
+        """Of the file with these tensors. What all have is one piece, which is not copied."""
+        own = metadata_text(self.own(specs))
+        if not own or not self._text:
+            return tuple(text for text in (self._text, own) if text)
+        return self._front, own[1:]
+
+    @cached_property
+    def _front(self) -> bytes:
+        return self._text[:-1] + b","
+
+
+def layout(specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> tuple[bytes, list[int], int]:
+    """Place tensors in one file: header bytes (length included), start of each spec in the given order, file size.
+
+    Starts and size are in bytes from the beginning of the file. Wider dtypes come first, equal ones keep their order:
+    as the data starts aligned, every tensor is then aligned to its element size without a hole, which the format
+    forbids. Raises PlanError for what no reader would accept.
+    """
+    placed = place(specs, Metadata(metadata).of(specs))
+    return placed.head, [placed.length + position for position in placed.starts], placed.length + placed.size
+
+
+def metadata_text(metadata: Mapping[str, str]) -> bytes:
+    """``__metadata__`` as JSON, empty for none; PlanError for what is no text."""
+    if not metadata:
+        return b""
+    return _encoded(json.dumps(dict(metadata), separators=(",", ":"), ensure_ascii=False))
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """Where tensors lie in one file."""
+
+    starts: list[int]
+    """Of each, in the given order, counted from the beginning of the data."""
+    size: int
+    """Bytes of the data."""
+    pieces: tuple[bytes, ...]
+    """The header, length included, in pieces: those of several files share their metadata."""
+
+    @property
+    def length(self) -> int:
+        """Bytes of the header."""
+        return sum(map(len, self.pieces))
+
+    @property
+    def head(self) -> bytes:
+        return b"".join(self.pieces)
+
+
+def place(specs: Sequence[TensorSpec], metadata: Texts) -> Placed:
+    """What ``layout`` says, for metadata that is JSON already."""
+    sizes = [_nbytes(spec) for spec in specs]
+    starts, position = [0] * len(specs), 0
+    seen = {METADATA}
+    entries = []
+    for index in sorted(range(len(specs)), key=lambda index: -DTYPE_BITS[specs[index].dtype]):
+        spec = specs[index]
+        if spec.name in seen:
+            raise PlanError(f"tensor {shown(spec.name)} would be written twice in one file, or has a reserved name")
+        seen.add(spec.name)
+        starts[index] = position
+        end = position + sizes[index]
+        entries.append(f"{encode_basestring(spec.name)}:{_described(spec.dtype, spec.shape)}[{position},{end}]}}")
+        position = end
+    tensors = _encoded(",".join(entries))
+    front = (b'{"' + METADATA.encode() + b'":', *metadata, b"," if tensors else b"") if metadata else (b"{",)
+    length = sum(map(len, front)) + len(tensors) + 1
+    padding = b" " * (-(8 + length) % DATA_ALIGNMENT)
+    length += len(padding)
+    if length > MAX_HEADER_BYTES:
+        raise PlanError(f"header of {length} bytes; readers accept {MAX_HEADER_BYTES}: write more shards")
+    return Placed(starts, position, (length.to_bytes(8, "little"), *front, tensors, b"}" + padding))
+
+
+@lru_cache(maxsize=4096)
+def _described(dtype: str, shape: tuple[int, ...]) -> str:
+    """The part of an entry that tensors of one kind share."""
+    return f'{{"dtype":{encode_basestring(dtype)},"shape":[{",".join(map(str, shape))}],"data_offsets":'
+
+
+def _encoded(text: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise PlanError(f"tensor name or metadata {shown(error.object)} cannot be written as UTF-8") from error
+
+
+def _nbytes(spec: TensorSpec) -> int:
+    """Bytes of a tensor; PlanError for one that cannot be written."""
+    bits = DTYPE_BITS.get(spec.dtype)
+    if bits is None:
+        hint = did_you_mean(spec.dtype, DTYPE_BITS)
+        raise PlanError(f"tensor {shown(spec.name)}: unknown dtype {spec.dtype!r}{hint}")
+    bits *= spec.numel
+    if bits % 8:
+        shape = list(spec.shape)
+        raise PlanError(f"tensor {shown(spec.name)}: {spec.dtype} of shape {shape} is not a whole number of bytes")
+    return bits // 8
