@@ -24,7 +24,7 @@ from .extract_cli import extract_lora
 from .help import CommandsByHeading, OptionsByHeading
 from .hybrid_cli import hybrid
 from .migrate_cli import migrate
-from .options import ADAPTING, DIALECT, JSON, RECIPE, SIMULATE, TALKING, TARGETING, WRITING, add_options, build_recipe
+from .options import ADAPTING, DIALECT, JSON, RECIPE, TALKING, TARGETING, WRITING, add_options, build_recipe
 from .running import run_recipe, show_plan
 
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
@@ -69,6 +69,10 @@ Examples:
   quantloom verify llama-nvfp4/ --against llama/ --statistics stats.zarr
   quantloom verify llama-nvfp4/ --against llama/ --adapter llama-adapter/
 """
+
+SIMULATE = click.option("--simulate", metavar="gpus=N,read=RATE",
+                        help="Also say how long it would take elsewhere, and why: gpus or workers (of each host), "
+                        "hosts, read, write (such as 6GB/s, of all together), device (cpu, h100, h200).")  # fmt: skip
 
 
 @click.group(cls=CommandsByHeading, context_settings=_CONTEXT, epilog=_EPILOG)

@@ -133,10 +133,6 @@ WRITING: Options = [
     *RUNNING,
 ]
 
-SIMULATE = click.option("--simulate", metavar="gpus=N,read=RATE",
-                        help="Also say how long it would take elsewhere, and why: gpus or workers (of each host), "
-                        "hosts, read, write (such as 6GB/s, of all together), device (cpu, h100, h200).")  # fmt: skip
-
 DRY_RUN = click.option("--dry-run", is_flag=True, help="Show what would be done, and write nothing.")
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 TALKING: Options = [
