@@ -197,7 +197,8 @@ def main() -> None:
     print(json.dumps(asdict(made)))
     for name in filter(None, args.plan.split(",")):
         command = [sys.executable, "-m", "quantloom.flow.cli", "plan", args.out, "--format", name]
-        print(json.dumps({"plan": name, **measure(command)}))
+        for output, more in (("one file", []), ("shards", [f"{args.out.rstrip('/')}-planned/"])):
+            print(json.dumps({"plan": name, "output": output, **measure([*command, *more])}), flush=True)
 
 
 if __name__ == "__main__":
