@@ -192,7 +192,7 @@ def main() -> None:
     parser.add_argument("--shards", type=int, default=160)
     parser.add_argument("--experts", type=int, default=256)
     parser.add_argument("--plan", default="", metavar="FORMATS",
-                        help="measure `quantloom plan` for these, with commas, into one file and into shards")  # fmt: skip
+                        help="measure `quantloom plan` for these, with commas, as one file and as shards")  # fmt: skip
     args = parser.parse_args()
     made = make_giant(args.out, args.kind, args.gb, args.tensors, args.shards, args.experts)
     print(json.dumps(asdict(made)))
