@@ -191,13 +191,15 @@ def main() -> None:
     parser.add_argument("--tensors", type=int, default=100_000)
     parser.add_argument("--shards", type=int, default=160)
     parser.add_argument("--experts", type=int, default=256)
-    parser.add_argument("--plan", default="", metavar="FORMATS", help="measure `quantloom plan` for these, with commas")
+    parser.add_argument("--plan", default="", metavar="FORMATS",
+                        help="measure `quantloom plan` for these, with commas, as one file and as shards")  # fmt: skip
     args = parser.parse_args()
     made = make_giant(args.out, args.kind, args.gb, args.tensors, args.shards, args.experts)
     print(json.dumps(asdict(made)))
     for name in filter(None, args.plan.split(",")):
         command = [sys.executable, "-m", "quantloom.flow.cli", "plan", args.out, "--format", name]
-        print(json.dumps({"plan": name, **measure(command)}))
+        for output, more in (("one file", []), ("shards", [f"{args.out.rstrip('/')}-planned/"])):
+            print(json.dumps({"plan": name, "output": output, **measure([*command, *more])}), flush=True)
 
 
 if __name__ == "__main__":

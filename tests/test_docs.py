@@ -7,6 +7,7 @@ with the ``text`` block right behind it, where there is one. The reference of th
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -250,8 +251,19 @@ def test_links_lead_somewhere_and_nothing_is_left_to_fill_in(document: Path) -> 
             assert anchor in anchors(page), f"{target}#{anchor}"
 
 
+@pytest.mark.parametrize("document", PAGES, ids=lambda path: path.name)
+def test_a_page_has_one_title_and_sections_below_it(document: Path) -> None:
+    levels = [len(level) for level, _ in headings(document)]
+    assert levels[0] == 1
+    assert all(1 < level <= before + 1 for before, level in itertools.pairwise(levels))
+
+
+def headings(page: Path) -> list[tuple[str, str]]:
+    """Number signs and text of every heading."""
+    outside = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    return re.findall(r"^(#+) (.+)$", outside, re.MULTILINE)
+
+
 def anchors(page: Path) -> set[str]:
     """What headings are called in links to them."""
-    outside = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
-    headings = re.findall(r"^#+ (.+)$", outside, re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for _, heading in headings(page)}
