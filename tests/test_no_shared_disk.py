@@ -29,7 +29,7 @@ from quantloom.formats.zarr_store import write_chunk
 
 @pytest.fixture
 def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """An S3 server of this process with a bucket ``models``; the file system that sees it."""
+    """An S3 server of this process with a bucket ``shared``; the file system that sees it."""
     from moto.server import ThreadedMotoServer
 
     for name, value in (("AWS_ACCESS_KEY_ID", "test"), ("AWS_SECRET_ACCESS_KEY", "never-to-be-seen"),
@@ -46,9 +46,9 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
     ranges._stores.clear()
     fs = s3fs.S3FileSystem(skip_instance_cache=True, use_listings_cache=False)
-    fs.mkdir("models")
+    fs.mkdir("shared")
     yield fs
-    fs.rm("models", recursive=True)
+    fs.rm("shared", recursive=True)
     ranges._stores.clear()
     server.stop()
 
@@ -95,7 +95,7 @@ def test_a_worker_that_is_killed_costs_nothing(
 
     monkeypatch.setattr(graph, "BATCH_BYTES", 1)
     here = write_folder(tmp_path / "here", big_tensors())
-    put(bucket, here, "models/big")
+    put(bucket, here, "shared/big")
     Pipeline().read(here).quantize("nvfp4").write(tmp_path / "direct", shard_size=300_000)
     address = f"tcp://127.0.0.1:{free_port()}"
     failed: list[BaseException] = []
@@ -108,8 +108,8 @@ def test_a_worker_that_is_killed_costs_nothing(
         stack.enter_context(process(tmp_path / "survivor", *worker, "--name", "survivor"))
         client = stack.enter_context(Client(address, timeout=60, set_as_default=False))
         client.wait_for_workers(2, timeout=60)
-        flow = Pipeline().read("s3://models/big").quantize("nvfp4").write(
-            "s3://models/out.zarr", shard_size=300_000, compute=False
+        flow = Pipeline().read("s3://shared/big").quantize("nvfp4").write(
+            "s3://shared/out.zarr", shard_size=300_000, compute=False
         )
 
         def convert() -> None:
@@ -119,7 +119,7 @@ def test_a_worker_that_is_killed_costs_nothing(
                 failed.append(error)
 
         def written() -> int:
-            return sum("/c/" in name and "/out.zarr/files/" not in name for name in bucket.find("models/out.zarr"))
+            return sum("/c/" in name and "/out.zarr/files/" not in name for name in bucket.find("shared/out.zarr"))
 
         constants = sum(len(layer.constants) for layer in flow.plan.layers)
         running = threading.Thread(target=convert)
@@ -130,16 +130,16 @@ def test_a_worker_that_is_killed_costs_nothing(
         assert running.is_alive(), failed
         os.kill(victim.pid, signal.SIGKILL)
         with pytest.raises(CheckpointError, match="is not complete"):
-            assemble("s3://models/out.zarr", str(tmp_path / "too early"))
+            assemble("s3://shared/out.zarr", str(tmp_path / "too early"))
         running.join(120)
         assert not running.is_alive()
     assert not failed, failed
-    assemble("s3://models/out.zarr", str(tmp_path / "made"))
+    assemble("s3://shared/out.zarr", str(tmp_path / "made"))
     assert listing(tmp_path / "made") == listing(tmp_path / "direct")
     for name in ("victim", "survivor"):  # workers kept nothing for themselves
         left = [path for path in (tmp_path / name).rglob("*") if path.is_file() and path.stat().st_size > 20_000]
         assert [path for path in left if path.name != "log"] == []
-    for content in objects_below(bucket, "models/out.zarr").values():
+    for content in objects_below(bucket, "shared/out.zarr").values():
         assert b"never-to-be-seen" not in content
 
 
@@ -147,9 +147,9 @@ def test_from_a_bucket_to_a_bucket(tmp_path: Path, bucket: Any, monkeypatch: pyt
     from quantloom.flow import assemble_targets
 
     here = write_folder(tmp_path / "here", big_tensors())
-    put(bucket, here, "models/big")
-    quantized = Pipeline().read("s3://models/big").quantize("fp8")
-    quantized.write("s3://models/out.zarr", shard_size=200_000)
+    put(bucket, here, "shared/big")
+    quantized = Pipeline().read("s3://shared/big").quantize("fp8")
+    quantized.write("s3://shared/out.zarr", shard_size=200_000)
     Pipeline().read(here).quantize("fp8").write(tmp_path / "direct", shard_size=200_000)
     wanted = {path.name: path.read_bytes() for path in (tmp_path / "direct").iterdir()}
 
@@ -157,24 +157,24 @@ def test_from_a_bucket_to_a_bucket(tmp_path: Path, bucket: Any, monkeypatch: pyt
     monkeypatch.setattr(assemble_targets, "_PART_BYTES", 5 << 20)
     store = OutputStore(quantized_objects())
     tensor = max(store.shard(3).tensors, key=lambda tensor: tensor.ref.nbytes)
-    good = bucket.cat_file(f"models/out.zarr/{tensor.array}/c/0")
+    good = bucket.cat_file(f"shared/out.zarr/{tensor.array}/c/0")
     write_chunk(store.objects, tensor.array, 0, bytearray(tensor.chunk + 4))
     with pytest.raises(CheckpointError, match="have the checksum"):
-        assemble("s3://models/out.zarr", "s3://models/made")
-    assert bucket.find("models/made") == []
-    assert bucket.call_s3("list_multipart_uploads", Bucket="models").get("Uploads", []) == []
+        assemble("s3://shared/out.zarr", "s3://shared/made")
+    assert bucket.find("shared/made") == []
+    assert bucket.call_s3("list_multipart_uploads", Bucket="shared").get("Uploads", []) == []
 
-    bucket.pipe_file(f"models/out.zarr/{tensor.array}/c/0", good)
-    assemble("s3://models/out.zarr", "s3://models/made/")
-    assert objects_below(bucket, "models/made") == wanted
-    made = assemble("s3://models/out.zarr", "s3://models/single/x.safetensors")
-    assert sorted(made.files) == sorted(objects_below(bucket, "models/single"))
+    bucket.pipe_file(f"shared/out.zarr/{tensor.array}/c/0", good)
+    assemble("s3://shared/out.zarr", "s3://shared/made/")
+    assert objects_below(bucket, "shared/made") == wanted
+    made = assemble("s3://shared/out.zarr", "s3://shared/single/x.safetensors")
+    assert sorted(made.files) == sorted(objects_below(bucket, "shared/single"))
 
 
 def quantized_objects() -> Any:
     from quantloom.formats.objects import objects_at
 
-    return objects_at("s3://models/out.zarr")
+    return objects_at("s3://shared/out.zarr")
 
 
 def test_a_large_file_is_a_multipart_upload(tmp_path: Path, bucket: Any) -> None:
@@ -182,19 +182,19 @@ def test_a_large_file_is_a_multipart_upload(tmp_path: Path, bucket: Any) -> None
     from quantloom.flow.assemble_targets import BucketTarget
 
     content = bytes(range(256)) * (3 << 14)
-    target = BucketTarget("s3://models/large")
+    target = BucketTarget("s3://shared/large")
     with contextlib.suppress(InterruptedError), target.open(), target.file("x", 40 << 20) as out:
         for _ in range(3):
             out.write(content)
-        assert bucket.call_s3("list_multipart_uploads", Bucket="models")["Uploads"]
+        assert bucket.call_s3("list_multipart_uploads", Bucket="shared")["Uploads"]
         raise InterruptedError
-    assert bucket.find("models/large") == []
-    assert not bucket.call_s3("list_multipart_uploads", Bucket="models").get("Uploads")
-    target = BucketTarget("s3://models/large")
+    assert bucket.find("shared/large") == []
+    assert not bucket.call_s3("list_multipart_uploads", Bucket="shared").get("Uploads")
+    target = BucketTarget("s3://shared/large")
     with target.open():
         with target.file("x", 40 << 20) as out:
             for _ in range(3):
                 out.write(content)
-        assert bucket.find("models/large") == []
+        assert bucket.find("shared/large") == []
         target.commit(["x"], overwrite=False)
-    assert bucket.cat_file("models/large/x") == content * 3
+    assert bucket.cat_file("shared/large/x") == content * 3
