@@ -60,13 +60,13 @@ class Times:
     def stop(self): ...
 
 def main():
-    source, output, rounding, run = json.loads(sys.argv[1])
+    source, output, rounding, run, shard_size = json.loads(sys.argv[1])
     clock, times = Clock(), Times()
     logging.getLogger("quantloom.flow").addHandler(clock)
     logging.getLogger("quantloom.flow").setLevel(logging.INFO)
     began = time.perf_counter()
     quantized = Pipeline(**run).read(source).quantize("nvfp4", rounding=rounding)
-    flow = quantized.write(output, overwrite=True, compute=False)
+    flow = quantized.write(output, overwrite=True, compute=False, shard_size=shard_size)
     report = flow.compute(progress=times)
     ended = time.perf_counter()
     print(json.dumps({"seconds": report.seconds, "work": ended - clock.ready, "first": times.receipts[0] - clock.ready,
@@ -104,11 +104,12 @@ def make_source(path: Path, gigabytes: float, width: int, device: str) -> None:
 
 
 def digest(path: Path) -> str:
-    """xxh3 of a file."""
+    """xxh3 of a file, or of all files of a folder."""
     made, buffer = xxhash.xxh3_128(), bytearray(BLOCK)
-    with path.open("rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            made.update(memoryview(buffer)[:count])
+    for each in sorted(path.iterdir()) if path.is_dir() else [path]:
+        with each.open("rb", buffering=0) as file:
+            while count := file.readinto(buffer):
+                made.update(memoryview(buffer)[:count])
     return made.hexdigest()
 
 
@@ -196,7 +197,7 @@ def convert(source: Path, output: Path, rounding: str, count: int, arguments: ar
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(names[:count])
     script = output.with_name("child.py")
     script.write_text(CHILD)
-    given = json.dumps([str(source), str(output), rounding, run])
+    given = json.dumps([str(source), str(output), rounding, run, arguments.shard_size])
     began = time.perf_counter()
     process = subprocess.Popen(
         [sys.executable, str(script), given], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -240,6 +241,7 @@ def main() -> None:
     parser.add_argument("--gpus", default="1,2,4", help="how many GPUs, in this order")
     parser.add_argument("--workers", default="1,2", help="how many worker processes, with --device cpu")
     parser.add_argument("--tasks", type=int, help="tasks at a time of each GPU")
+    parser.add_argument("--shard-size", help="write a folder of files of this size: a file takes one writer at a time")
     parser.add_argument("--memory", help="memory budget of each run")
     parser.add_argument("--roundings", default="learned,mse,nearest")
     parser.add_argument("--folder", help="where to generate and write; default: the system's temporary folder")
@@ -272,14 +274,14 @@ def main() -> None:
                 if time.perf_counter() - began > arguments.seconds:
                     print(f"left out for want of time: {rounding} on {count}")
                     continue
-                output = folder / "out.safetensors"
+                output = folder / ("out.safetensors" if arguments.shard_size is None else "out")
                 row = convert(source, output, rounding, count, arguments)
-                row["output_bytes"], row["digest"] = output.stat().st_size, digest(output)
+                row["digest"] = digest(output)
                 row["equal"] = seen.setdefault(rounding, row["digest"]) == row["digest"]
                 rows.append(row)
                 ends = f"receipts from {row['first_receipt']:.2f} to {row['last_receipt']:.2f} of {row['work']:.2f} s"
                 print(f"{rounding} on {count}: {row['seconds']:.2f} s, {ends}, equal bytes: {row['equal']}", flush=True)
-                output.unlink()
+                output.unlink() if output.is_file() else shutil.rmtree(output)
         show(rows, size)
         ideal = size / read / 1e9 + size * 9 / 32 / write / 1e9
         print(f"\nstorage alone, reading then writing: {ideal:.2f} s; overlapped: "

@@ -146,7 +146,7 @@ def inspect(path: str, every_layer: bool, as_json: bool) -> int:
     return console.guarded(action)
 
 
-@cli.command(epilog=_VERIFY_EPILOG, short_help="Check an output: by its checksums, and against its source.")
+@cli.command(epilog=_VERIFY_EPILOG, short_help="Check an output by checksums, or against its source.")
 @click.argument("output")
 @click.option("--against", multiple=True, metavar="SOURCE",
               help="The checkpoint that OUTPUT was made from: decode every weight and compare; once for each file of a "

@@ -317,6 +317,7 @@ class Watcher:
 def test_progress_is_told_of_every_layer_and_byte(scheduler: str, source: Path, tmp_path: Path,
                                                   monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     monkeypatch.setattr(graph, "BATCH_BYTES", 1)
+    monkeypatch.setattr(graph, "MOST_BATCHES", 10**9)
     watcher = Watcher()
     flow = Pipeline(scheduler=scheduler).read(source).quantize("fp8").write(tmp_path / "o.safetensors", compute=False)
     report = flow.compute(progress=watcher)
