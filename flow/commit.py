@@ -6,16 +6,19 @@ import contextlib
 import logging
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from ..formats.errors import CheckpointError, SinkError
+from ..formats.errors import CheckpointError, NonFiniteError, PlanError, SinkError, UsageError
 from ..formats.fileio import replace
 from ..formats.source import Source
 from ..formats.urls import is_url
 from ..stages.writing import PART_SUFFIX
 
 PREVIOUS_SUFFIX = ".previous"
+
+_REFUSALS = (NonFiniteError, PlanError, UsageError)
+"""What the same run would say again."""
 
 
 class HalfwayError(SinkError):
@@ -93,6 +96,18 @@ def check_unchanged(source: Source) -> None:
                 f"{'version' if is_url(path) else 'mtime'} {mtime} -> {status.st_mtime_ns}"
                 f"{'' if is_url(path) else ' ns'}); nothing was written; convert again"
             )
+
+
+def may_continue(error: BaseException, sources: Iterable[Source]) -> bool:
+    """Whether what is finished helps a later run: the same one might go well, and its sources are what they were."""
+    if isinstance(error, _REFUSALS):
+        return False
+    try:
+        for source in sources:
+            check_unchanged(source)
+    except CheckpointError:
+        return False
+    return True
 
 
 def exchange(paths: list[Path], stale: list[Path]) -> None:

@@ -103,7 +103,7 @@ def _work(session: Session, job: Job, watcher: Progress) -> dict[str, BaseExcept
 
 def _work_again(session: Session, job: Job, failed: Mapping[str, BaseException]) -> None:
     """Lays the output out with the failed layers as they are, and fills it."""
-    _log.warning("%d layers failed and are kept as they are: %s", len(failed), listed(sorted(failed)))
+    _log.info("kept as they are, because they failed: %s", listed(sorted(failed)))
     reasons = {name: str(error) or type(error).__name__ for name, error in failed.items()}
     with closing(job.run(lay_out_again(session, reasons), keep=False)) as running:
         for receipts in running:

@@ -21,6 +21,9 @@ from .chains import apply_scale, combine_amaxes, gather_receipts, make_receipt, 
 
 BATCH_BYTES = 64 << 20
 """Layers are put together into tasks of at least this many source bytes ..."""
+SLOW = 8
+"""Bytes of a layer that is seen as a whole matrix count so many times: its task takes as much longer, and what a task
+has not finished is lost when a run is killed."""
 MOST_BATCHES = 2048
 """... and of so many more that a model has about this many tasks: Dask takes milliseconds for each ..."""
 BATCH_LAYERS = 256
@@ -145,7 +148,7 @@ def batches(layers: Sequence[LayerPlan]) -> Iterator[list[LayerPlan]]:
             yield pending
             pending, size = [], 0
         pending.append(plan)
-        size += plan.layer.nbytes
+        size += plan.layer.nbytes * (SLOW if any(isinstance(step, Solve) for step in plan.steps) else 1)
     if pending:
         yield pending
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 from ..formats.errors import printable
-from .sizes import count, show_size
+from .sizes import count, show_rate, show_size
 from .tables import short_size
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ class Display:
         return {
             "share": f"{self.bytes / max(1, self.total_bytes):4.0%}",
             "bytes": _amount(self.bytes, self.total_bytes),
-            "rate": f"{rate / 1e9:.2f} GB/s",
+            "rate": show_rate(rate),
             "left": "syncing" if self.syncing else left,
             "memory": f"{short_size(self.process.memory_info().rss)} / {short_size(self.budget.limit)}",
             "layers": f"{self.layers}/{self.total_layers} layers",
@@ -128,8 +128,8 @@ class Reading:
         if now - self.said < (1.0 if self.console.is_terminal else PLAIN_SECONDS):
             return
         self.said, self.shown = now, True
-        rate = done / (now - self.began) / 1e9
-        line = f"{done / max(1, total):4.0%}, {_amount(done, total)}, {rate:.2f} GB/s"
+        rate = done / (now - self.began)
+        line = f"{done / max(1, total):4.0%}, {_amount(done, total)}, {show_rate(rate)}"
         self.console.print(line, end="  \r" if self.console.is_terminal else "\n")
 
     def __enter__(self) -> Self:

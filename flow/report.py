@@ -20,7 +20,7 @@ from .plan import Plan
 from .quality import MEASURES, Column, gains
 from .scalar_report import scalar_errors, scalar_warnings
 from .session import Session
-from .sizes import count, show_seconds, show_size
+from .sizes import count, show_rate, show_seconds, show_size
 from .tables import Name, short_size
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ class Report:
 
     def summary(self) -> str:
         """A few lines: sizes, time, kept layers and why, and how to verify."""
-        rate = (self.nbytes_in - self.nbytes_resumed) / 1e9 / self.seconds if self.seconds else 0.0
+        rate = (self.nbytes_in - self.nbytes_resumed) / self.seconds if self.seconds else 0.0
         peak = f"peak memory {'of the client ' if self.distributed else ''}{show_size(self.peak_bytes)}"
         did = (
             f"{self.index or self.output}: {show_size(self.nbytes_in)} -> {show_size(self.nbytes_out)} "
@@ -159,7 +159,7 @@ class Report:
             did = f"{self.output}: {show_size(self.nbytes_out)} for {count(len(self.layers), 'layer')} of {self.base}"
         lines = [
             did,
-            f"{show_seconds(self.seconds)}, {rate:.2f} GB/s, {peak}",
+            f"{show_seconds(self.seconds)}, {show_rate(rate)}, {peak}",
         ]
         if self.nbytes_resumed:
             lines.append(f"continued an earlier run, which had converted {show_size(self.nbytes_resumed)}")
@@ -242,7 +242,7 @@ def _failures(failed: Mapping[str, str]) -> list[str]:
     """Of layers that are kept because they failed."""
     if not failed:
         return []
-    return [f"{count(len(failed), 'layer')} could not be quantized and stayed as they were: {listed(list(failed), 4)}"]
+    return [f"{count(len(failed), 'layer')} failed and stayed unquantized: {listed(list(failed), 4)}"]
 
 
 def _written(plan: Plan) -> int:

@@ -19,7 +19,7 @@ from .budget import Budget
 from .costs import CPU, DEVICES, TASK_SECONDS, Device, work_seconds
 from .graph import batches
 from .recipe import Run
-from .sizes import parse_size, show_seconds, show_size
+from .sizes import count, parse_size, show_seconds, show_size
 
 USUAL = (1, 8, 128)
 """Numbers of workers that are looked at when none is named."""
@@ -105,8 +105,9 @@ class Simulation:
         """A table, as text."""
         cluster = self.cluster
         rates = f"storage reads {show_size(cluster.read)}/s and writes {show_size(cluster.write)}/s"
+        load = f"{count(self.tasks, 'task')}, {show_seconds(self.work)} of work"
         lines = [
-            f"simulated on {cluster.device.name}, {rates}: {self.tasks} tasks, {show_seconds(self.work)} of work",
+            f"simulated on {cluster.device.name}, {rates}: {load}",
             f"{'workers':>8}  {'time':>12}  {'bound by':<13}  {'busy':>5}  {'GB/s':>7}  {'memory each':>11}",
         ]
         for each in self.outcomes:
@@ -206,7 +207,11 @@ def _count(key: str, value: str) -> int:
 
 
 def _rate(key: str, value: str) -> float:
-    rate = parse_size(re.sub(r"(?i)\s*/\s*s(ec)?$", "", value), f"simulate: {key}")
+    wrong = UsageError(f"simulate: {key}={shown(value)} is no rate; write for example 6GB/s")
+    try:
+        rate = parse_size(re.sub(r"(?i)\s*/\s*s(ec)?$", "", value), key)
+    except UsageError as error:
+        raise wrong from error
     if not rate:
-        raise UsageError(f"simulate: {key}={shown(value)} is no rate; write for example 6GB/s")
+        raise wrong
     return float(rate)

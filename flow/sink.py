@@ -16,13 +16,14 @@ from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
 
-from ..formats.errors import CheckpointError, NonFiniteError, PlanError, QuantloomError, SinkError, UsageError
+from ..formats.errors import QuantloomError, SinkError
 from ..formats.fileio import Writer, sync_dir, sync_file
 from ..formats.shards import index_file, is_store
+from ..formats.source import Source
 from ..stages.writing import PART_SUFFIX
 from . import zarr_sink
 from .checksums import finished_heads
-from .commit import PREVIOUS_SUFFIX, HalfwayError, check_unchanged, exchange, finish_exchange, hold, part
+from .commit import PREVIOUS_SUFFIX, HalfwayError, check_unchanged, exchange, finish_exchange, hold, may_continue, part
 from .output_files import final_paths, folders_of, leftovers, locks_of, log_of, sidecars_of, stale_files
 from .part_files import (
     PartSync,
@@ -40,9 +41,6 @@ from .run_journal import Record, again_line, committing_line, head_of, lines_of,
 from .salvage import BEFORE_SUFFIX, put_back
 from .session import Session
 from .sizes import count
-
-_REFUSALS = (NonFiniteError, PlanError, UsageError)
-"""What the same run would say again."""
 
 
 @contextlib.contextmanager
@@ -141,7 +139,7 @@ def _stop(session: Session, error: BaseException) -> None:
         remove_parts(session.plan)
         put_back(session.first_plan)
     plan = session.first_plan
-    if session.journalled and not isinstance(error, _REFUSALS) and _is_unchanged(plan):
+    if session.journalled and may_continue(error, _sources(plan)):
         number = f"{len(session.journalled)} of {count(len(plan.layers), 'tensor')} are finished"
         kept = f"{number} and kept beside {session.log.place}"
         error.add_note(f"{kept}: run the same command again to continue, or delete that file to start over")
@@ -151,18 +149,13 @@ def _stop(session: Session, error: BaseException) -> None:
         session.log.remove()
 
 
-def _is_unchanged(plan: Plan) -> bool:
-    try:
-        _check_sources(plan)
-    except CheckpointError:
-        return False
-    return True
+def _sources(plan: Plan) -> list[Source]:
+    return [plan.source, *([] if plan.base is None else [plan.base])]
 
 
 def _check_sources(plan: Plan) -> None:
-    check_unchanged(plan.source)
-    if plan.base is not None:
-        check_unchanged(plan.base)
+    for source in _sources(plan):
+        check_unchanged(source)
 
 
 def _make_folders(plan: Plan) -> list[Path]:

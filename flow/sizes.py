@@ -28,6 +28,11 @@ def show_size(count: float) -> str:
     return f"{count:.2f} TB"
 
 
+def show_rate(rate: float) -> str:
+    """``1.23 GB/s``; what is slower than a hundredth of that, such as learned rounding on CPUs, as ``4.56 MB/s``."""
+    return f"{rate / 1e9:.2f} GB/s" if rate >= 1e7 else f"{show_size(rate)}/s"
+
+
 def show_seconds(seconds: float) -> str:
     """``850 ms``, ``12.3 s``, ``4 min 05 s``, ``2 h 10 min``."""
     if seconds < 1:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .. import __version__
 from ..formats.checksums import Piece, covers
-from ..formats.errors import CheckpointError, NonFiniteError, PlanError, QuantloomError, SinkError, UsageError
+from ..formats.errors import CheckpointError, PlanError, QuantloomError, SinkError, listed
 from ..formats.objects import Objects, objects_at
 from ..formats.output_store import close_store, create_store, table_of
 from ..formats.shards import STORE_SUFFIX
@@ -21,17 +21,14 @@ from ..formats.urls import is_url
 from ..formats.zarr_store import ArrayWriter, broken_chunks, chunk_bytes
 from ..stages.work import LayerPlan, Receipt
 from .checksums import checksums_of
-from .commit import check_unchanged, hold
+from .commit import check_unchanged, hold, may_continue
 from .output_files import log_of
 from .part_files import sidecar_content
 from .plan import Plan
-from .resume import earlier_run, finished, peek
-from .run_journal import again_line, head_of, lines_of
+from .resume import differences, earlier_run, finished, peek
+from .run_journal import again_line, head_of, lines_of, read_record
 from .session import Session
 from .sizes import count, show_size
-
-_REFUSALS = (NonFiniteError, PlanError, UsageError)
-"""What the same run would say again."""
 
 
 def check_output(plan: Plan) -> None:
@@ -79,8 +76,8 @@ def _check_existing(plan: Plan, objects: Objects) -> Table | None:
     if found.plan != plan.digest:
         way = "pass --overwrite to replace it" if done else "convert as that run did to continue it, or delete it"
         raise PlanError(
-            f"{root}: is the store of another plan ({found.plan[:12]}, this one is {plan.digest[:12]}): another "
-            f"source, recipe or version; {way}, or write somewhere else"
+            f"{root}: is the store of another plan ({found.plan[:12]}, this one is {plan.digest[:12]}): "
+            f"{_other(plan)}; {way}, or write somewhere else"
         )
     if done:
         raise PlanError(
@@ -88,6 +85,14 @@ def _check_existing(plan: Plan, objects: Objects) -> Table | None:
             "--overwrite to replace it, or write somewhere else"
         )
     return found
+
+
+def _other(plan: Plan) -> str:
+    """What the journal in a store of another plan says of it; one that is complete has none."""
+    record = read_record(log_of(plan))
+    if record is None:
+        return "another source, recipe or version"
+    return listed(differences(record.head, head_of(plan)), 4, "; ")
 
 
 @contextlib.contextmanager
@@ -176,7 +181,7 @@ def _stop(session: Session, objects: Objects, error: BaseException) -> None:
     with contextlib.suppress(QuantloomError):
         session.close()
     plan = session.plan
-    if session.journalled and not isinstance(error, _REFUSALS):
+    if session.journalled and may_continue(error, [plan.source]):
         number = f"{len(session.journalled)} of {count(len(plan.layers), 'tensor')} are finished"
         kept = f"{number} and kept in {objects.root}"
         error.add_note(f"{kept}: run the same command again to continue, or delete it to start over")

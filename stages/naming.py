@@ -110,15 +110,6 @@ def _rule_of(base: str, shape: Shape) -> NameRule | None:
     return None
 
 
-def kept_by_name(name: str, shape: Sequence[int]) -> str | None:
-    """Why a weight stays unquantized by default, or None. ``name`` may end in ``.weight`` or not."""
-    fact = not_a_matrix(shape)
-    if fact is not None:
-        return fact
-    rule = name_rule(name, tuple(shape))
-    return rule.reason if rule else None
-
-
 _INPUTS = (
     r"img_in|txt_in|vector_in|guidance_in|time_in|time_r_in|byt5_in|vision_in|cond_in|latent_in|proj_in|proj_out"
     r"|audio_proj_out|project_in|input_proj|first|head|label_emb|class_embedding|add_embedding|to_(?:global|cond|timestep)_embed"

@@ -232,7 +232,7 @@ def test_spec_of_a_cluster() -> None:
         ("gpus=2,workers=3", "both say how many work on a host"),
         ("gpus=2,device=cpu", "name workers instead of gpus"),
         ("device=h10", "unknown device 'h10'; did you mean 'h100'"),
-        ("read=fast", "read 'fast' is no size"),
+        ("read=fast", "read='fast' is no rate; write for example 6GB/s"),
         ("read=0GB/s", "read='0GB/s' is no rate; write for example 6GB/s"),
     ],
 )

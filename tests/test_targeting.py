@@ -15,8 +15,8 @@ from quantloom.stages.naming import (
     ROUTER,
     awkward,
     barred_formats,
-    kept_by_name,
     name_rule,
+    not_a_matrix,
     reads_shape,
     unread_text_encoder,
 )
@@ -49,6 +49,14 @@ def kept(result: TargetingResult) -> dict[str, str]:
 
 
 # ---- names ----
+
+
+def kept_by_name(name: str, shape: tuple[int, ...]) -> str | None:
+    """Why a weight stays unquantized by default."""
+    if fact := not_a_matrix(shape):
+        return fact
+    rule = name_rule(name, shape)
+    return rule.reason if rule else None
 
 
 @pytest.mark.parametrize(

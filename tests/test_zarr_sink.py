@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -17,13 +18,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantloom import Flow, Pipeline
-from quantloom.flow import graph, parts
+from quantloom.flow import graph, parts, zarr_sink
 from quantloom.flow.assemble import assemble
+from quantloom.flow.commit import check_unchanged
 from quantloom.flow.store_log import StoreLog
 from quantloom.formats import output_store, zarr_store
 from quantloom.formats.errors import CheckpointError, NonFiniteError, PlanError, QuantloomError, SinkError, UsageError
 from quantloom.formats.objects import FolderObjects, objects_at
 from quantloom.formats.output_store import OutputStore
+from quantloom.formats.source import Source
 from quantloom.formats.store_table import ENTRY, read_table, write_table
 from quantloom.formats.tensors import Slot, TensorSpec
 from quantloom.formats.zarr_store import ArrayWriter, chunk_bytes, read_chunk, write_chunk, writing_bytes
@@ -426,9 +429,25 @@ def test_an_unfinished_store_of_another_plan_is_never_replaced(
 ) -> None:
     interrupted(one_by_one, monkeypatch, after=20)
     before = listing(tmp_path / "out.zarr")
-    with pytest.raises(PlanError, match="convert as that run did to continue it, or delete it"):
+    words = r"format 'mxfp8' -> 'fp8'.*; convert as that run did to continue it, or delete it"
+    with pytest.raises(PlanError, match=words):
         Pipeline().read(sharded).quantize("fp8").write(tmp_path / "out.zarr", overwrite=True)
     assert listing(tmp_path / "out.zarr") == before
+
+
+def test_a_source_that_changes_leaves_nothing(
+    one_by_one: Flow, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is finished is of a source that is gone: no later run could go on with it."""
+
+    def changes(source: Source) -> None:
+        os.utime(str(source.files[0]), ns=(1, 1))
+        check_unchanged(source)
+
+    monkeypatch.setattr(zarr_sink, "check_unchanged", changes)
+    with pytest.raises(CheckpointError, match="changed while it was converted"):
+        one_by_one.compute()
+    assert not (tmp_path / "out.zarr").exists()
 
 
 def test_a_run_that_finished_nothing_leaves_nothing(tmp_path: Path, sharded: Path) -> None:
