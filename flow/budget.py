@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -150,10 +151,20 @@ def make_budget(layers: Sequence[LayerPlan], run: Run, run_id: str) -> Budget:
     return Budget(limit, base, need, workers, environment, gpus)
 
 
+def _status() -> str:
+    """What Linux says of this process: ``resource`` would begin with the memory of the program that started it."""
+    try:
+        return Path("/proc/self/status").read_text()
+    except OSError:
+        return ""
+
+
 def peak_memory() -> int:
     """Largest resident memory of this process so far, in bytes."""
     import sys
 
+    if found := re.search(r"VmHWM:\s+(\d+) kB", _status()):
+        return int(found[1]) * 1024
     try:
         import resource
     except ImportError:  # Windows
