@@ -34,10 +34,7 @@ def checksums_of(layers: Sequence[LayerPlan], receipts: Sequence[Receipt]) -> di
     """Pieces of everything that was written, by slot name (``ADAPTER`` stands before those of adapters)."""
     sums: dict[str, list[Piece]] = {}
     for layer in layers:
-        known = [(spec.name, content) for spec, content in layer.constants]
-        if layer.adapter is not None and layer.adapter.tensors is not None:
-            known += [(ADAPTER + spec.name, content) for spec, content in layer.adapter.tensors.constants]
-        for name, content in known:
+        for name, content in layer.known.items():
             sums[name] = [Piece(name, 0, len(content), checksum(content))]
     for receipt in receipts:
         for piece in receipt.pieces:

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
+from ..stages.cancelling import STOPPING
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 STOPPED = "stopped: what had been written was removed, and nothing was left under the name of the output"
 
-_STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 def run_command(command: click.Command, name: str, arguments: list[str] | None) -> NoReturn:
@@ -45,7 +46,7 @@ def _stoppable() -> Iterator[None]:
             signal.signal(number, signal.SIG_IGN)
         raise KeyboardInterrupt
 
-    before = {number: signal.getsignal(number) for number in _STOPPING}
+    before = {number: signal.getsignal(number) for number in STOPPING}
     before = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}
     try:
         for number in before:

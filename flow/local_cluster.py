@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 from ..formats.errors import PlanError, SinkError, UsageError
+from ..stages.cancelling import STOPPING
 from .budget import Budget
 from .devices import visible_devices
 from .sizes import show_size
@@ -20,7 +21,6 @@ _log = logging.getLogger(__name__)
 _LOCAL = "127.0.0.1"
 _ANY_PORT = "127.0.0.1:0"
 """Any free port, for this machine only: Dask's own choice is a fixed one that the whole network sees."""
-_STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 def local_client(distributed: Any, scheduler: str, budget: Budget, stack: contextlib.ExitStack) -> Any:
@@ -118,7 +118,7 @@ def undisturbed() -> Iterator[None]:
     came: list[int] = []
     before = {}
     try:
-        for number in _STOPPING:
+        for number in STOPPING:
             before[number] = signal.signal(number, lambda number, _frame: came.append(number))
     except ValueError:  # only the main thread may say what a signal does
         before = {}

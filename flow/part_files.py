@@ -18,7 +18,6 @@ from ..stages.work import Receipt
 from .commit import part
 from .output_files import final_paths, folders_of
 from .plan import Plan
-from .resume import slots_of
 
 
 def shards_of(plan: Plan) -> tuple[Shard, ...]:
@@ -31,7 +30,7 @@ def create_parts(plan: Plan) -> None:
     for shard in shards_of(plan):
         create_sparse(part(Path(shard.path)), shard.size, shard.head)
     _fill(plan)
-    _sync_folders(plan)
+    sync_folders(plan)
 
 
 def wrong_parts(plan: Plan) -> dict[str, str]:
@@ -64,7 +63,7 @@ def mend_parts(plan: Plan, wrong: Collection[str]) -> None:
         with Writer(path) as writer:
             writer.write(shard.head, 0)
     _fill(plan)
-    _sync_folders(plan)
+    sync_folders(plan)
 
 
 def check_complete(plan: Plan) -> None:
@@ -105,7 +104,7 @@ class PartSync:
     """Makes the bytes of finished layers survive a power cut."""
 
     def __init__(self, plan: Plan) -> None:
-        self._paths = {plan.layer.name: {slot.path for slot in slots_of(plan).values()} for plan in plan.layers}
+        self._paths = {plan.layer.name: {slot.path for slot in plan.places.values()} for plan in plan.layers}
 
     def __call__(self, receipts: Iterable[Receipt]) -> None:
         """Raises SinkError for a file that cannot be synced."""
@@ -134,19 +133,17 @@ def _fill(plan: Plan) -> None:
     """Writes what is known already into the parts."""
     known: dict[str, list[tuple[int, bytes]]] = {}
     for layer in plan.layers:
-        slots = {slot.name: slot for slot in layer.slots}
-        for spec, content in layer.constants:
-            known.setdefault(slots[spec.name].path, []).append((slots[spec.name].start, content))
-        if layer.adapter is not None and layer.adapter.tensors is not None:
-            own = {slot.name: slot for slot in layer.adapter.slots}
-            for spec, content in layer.adapter.tensors.constants:
-                known.setdefault(own[spec.name].path, []).append((own[spec.name].start, content))
+        contents = layer.known
+        slots = layer.places if contents else {}
+        for name, content in contents.items():
+            known.setdefault(slots[name].path, []).append((slots[name].start, content))
     for path in known:  # one file at a time: there may be more shards than descriptors
         with Writer(part(Path(path))) as writer:
             for start, content in known[path]:
                 writer.write(content, start)
 
 
-def _sync_folders(plan: Plan) -> None:
+def sync_folders(plan: Plan) -> None:
+    """Makes names in the output's folders survive a power cut."""
     for folder in folders_of(plan):
         sync_dir(folder)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from typing import Any
 
-from ..formats.checksums import Piece
+from ..formats.checksums import DIGITS, Piece
 from ..stages.quality import AdapterGain, Errors, Quality
 from ..stages.work import Receipt
 
-_DIGITS = re.compile("[0-9a-f]{16}")
 _MOST = 2**63
 
 
@@ -49,7 +47,7 @@ def read_receipt(values: Mapping[str, Any]) -> Receipt:
 
 
 def _piece(name: Any, start: Any, nbytes: Any, digits: Any) -> Piece:
-    if _DIGITS.fullmatch(_text(digits)) is None:
+    if DIGITS.fullmatch(_text(digits)) is None:
         raise ValueError("a checksum has 16 hexadecimal digits")
     return Piece(_text(name), _number(start), _number(nbytes), digits)
 

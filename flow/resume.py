@@ -7,18 +7,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..formats.checksums import Piece, covers, sum_of
-from ..formats.errors import CheckpointError, PlanError, listed, shown
-from ..formats.fileio import Reader
-from ..formats.tensors import Slot
-from ..stages.cancelling import check_cancelled
-from ..stages.work import ADAPTER, Environment, LayerPlan, Receipt
+from ..formats.checksums import Piece, covers
+from ..formats.errors import PlanError, listed, shown
+from ..stages.work import LayerPlan, Receipt
 from .commit import part
+from .piece_sums import Stored, sum_pieces
 from .plan import Plan
 from .run_journal import GIVE_UP, Log, Record, head_of, read_record
 from .settled import Settled
 from .sizes import count
-from .threads import map_layers
 
 
 def earlier_run(plan: Plan, log: Log) -> Record | None:
@@ -148,7 +145,7 @@ def finished(plan: Plan, receipts: Iterable[Receipt], gone: Iterable[str]) -> li
         ranges = layer.parts or ((0, layer.rows),)
         if all(rows in found for rows in ranges):
             mine = [found[rows] for rows in ranges]
-            if _is_complete(layer, mine) and missing.isdisjoint(slot.path for slot in slots_of(layer).values()):
+            if _is_complete(layer, mine) and missing.isdisjoint(slot.path for slot in layer.places.values()):
                 whole[layer.layer.name] = mine
     for layer in plan.layers:
         if any(name not in whole for name, _ in layer.together):
@@ -162,47 +159,30 @@ def left_over(plan: Plan, done: Iterable[Receipt]) -> list[LayerPlan]:
     return [layer for layer in plan.layers if layer.layer.name not in names]
 
 
-def slots_of(layer: LayerPlan) -> dict[str, Slot]:
-    """Places of all that a layer's tasks write, by the names that steps use."""
-    slots = {slot.name: slot for slot in layer.slots}
-    if layer.adapter is not None:
-        slots |= {ADAPTER + slot.name: slot for slot in layer.adapter.slots}
-    return slots
-
-
 def _is_complete(layer: LayerPlan, receipts: Sequence[Receipt]) -> bool:
     """Whether the pieces of all tasks make up every tensor whose bytes were not known before."""
-    known = {spec.name for spec, _ in layer.constants}
-    if layer.adapter is not None and layer.adapter.tensors is not None:
-        known |= {ADAPTER + spec.name for spec, _ in layer.adapter.tensors.constants}
+    known = layer.known
     pieces: dict[str, list[Piece]] = defaultdict(list)
     for receipt in receipts:
         for piece in receipt.pieces:
             pieces[piece.name].append(piece)
-    slots = slots_of(layer)
+    slots = layer.places
     written = all(covers(pieces[name], slot.nbytes) for name, slot in slots.items() if name not in known)
     return written and pieces.keys() <= slots.keys()
 
 
 def damaged(plan: Plan, done: Sequence[Receipt]) -> dict[str, str]:
     """Reads the parts of finished layers again: by layer, what is not as its checksum says."""
-    layers = {layer.layer.name: layer for layer in plan.layers}
-    found = map_layers(lambda receipt, environment: _damage(layers[receipt.name], receipt, environment), done)
-    return {receipt.name: problem for receipt, problem in zip(done, found, strict=True) if problem}
-
-
-def _damage(layer: LayerPlan, receipt: Receipt, environment: Environment) -> str:
-    slots = slots_of(layer)
-    for piece in receipt.pieces:
-        slot = slots[piece.name]
-        path = part(Path(slot.path))
-        try:
-            with Reader(path) as reader:
-                check_cancelled(environment.run_id)
-                found = sum_of(reader, slot.start + piece.start, piece.nbytes)
-        except CheckpointError as error:
-            return str(error)
-        if found != piece.checksum:
-            where = f"bytes {slot.start + piece.start} to {slot.start + piece.start + piece.nbytes} of {path}"
-            return f"{slot.name}: {where} have the checksum {found}, {piece.checksum} was written"
-    return ""
+    places = {layer.layer.name: layer.places for layer in plan.layers}
+    stored, owners = [], {}
+    for receipt in done:
+        for piece in receipt.pieces:
+            slot = places[receipt.name][piece.name]
+            stored.append(Stored(str(part(Path(slot.path))), slot.start + piece.start, piece))
+            owners[id(stored[-1])] = receipt.name, slot.name
+    bad = {}
+    for item, found, problem in sum_pieces(stored):
+        layer, name = owners[id(item)]
+        where = f"bytes {item.start} to {item.start + item.piece.nbytes} of {item.path}"
+        bad[layer] = problem or f"{name}: {where} have the checksum {found}, {item.piece.checksum} was written"
+    return bad

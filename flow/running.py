@@ -70,12 +70,13 @@ def _with_refusal(made: Plan) -> Plan:
     from .output_checks import check_output
     from .output_files import log_of
     from .resume import earlier_run, finished
+    from .session import standing
 
     try:
         check_output(made)
         if (record := earlier_run(made, log_of(made))) is not None:
             names = {receipt.name for receipt in finished(made, record.receipts, ())}
-            note = f"an earlier run would be continued: {len(names)} of {len(made.layers)} tensors are finished"
+            note = f"an earlier run would be continued: {standing(len(names), made)}"
             made = replace(made, notes=(*made.notes, note))
     except QuantloomError as error:
         return replace(made, warnings=(*made.warnings, f"the run would be refused: {error}"))

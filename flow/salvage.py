@@ -22,7 +22,6 @@ from .commit import part
 from .output_files import folder_of
 from .part_files import create_parts, shards_of
 from .plan import Plan, make_plan
-from .resume import slots_of
 from .session import Session
 from .sizes import count, show_size
 
@@ -66,10 +65,10 @@ def lay_out_again(session: Session, failed: Mapping[str, str]) -> list[LayerPlan
 
 def _moved(old: LayerPlan, new: LayerPlan) -> LayerPlan:
     """The new plan of a layer, with a chain that copies what was written by the old one."""
-    known = {spec.name for spec, _ in new.constants}
+    known = new.known
     refs = tuple(
         TensorRef(name, slot.dtype, slot.shape, slot.path + BEFORE_SUFFIX, slot.start)
-        for name, slot in slots_of(old).items() if name not in known
+        for name, slot in old.places.items() if name not in known
     )  # fmt: skip
     copied = replace(new.layer, tensors=refs)
     chain = (Copy(tuple((ref.name, ref.name) for ref in refs)), Write())

@@ -15,6 +15,7 @@ from ..stages.work import Receipt
 from .graph import Failure
 from .plan import Plan
 from .run_journal import Log, finished_lines
+from .sizes import count
 
 _log = logging.getLogger(__name__)
 
@@ -22,6 +23,11 @@ INTERVAL = 5.0
 """Seconds between two syncs: as much work is lost when the power goes."""
 SHARE = 20
 """A sync that took long is followed by a pause of so many times its length."""
+
+
+def standing(finished: int, plan: Plan) -> str:
+    """``3 of 8 tensors are finished``."""
+    return f"{finished} of {count(len(plan.layers), 'tensor')} are finished"
 
 
 class Session:
@@ -82,6 +88,11 @@ class Session:
         self.receipts = [receipt for receipt in self.receipts if receipt.name in names]
         self._counted = {(receipt.name, receipt.rows) for receipt in self.receipts}
         self._settled = frozenset(names)
+
+    @property
+    def standing(self) -> str:
+        """How far it is, by its journal: ``3 of 8 tensors are finished``."""
+        return standing(len(self.journalled), self.first_plan)
 
     def close(self) -> None:
         """Journals what is pending, and ends. Raises SinkError when a file cannot be synced."""

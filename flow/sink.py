@@ -17,7 +17,7 @@ from itertools import takewhile
 from pathlib import Path
 
 from ..formats.errors import QuantloomError, SinkError
-from ..formats.fileio import Writer, sync_dir, sync_file
+from ..formats.fileio import Writer, sync_file
 from ..formats.shards import index_file, is_store
 from ..formats.source import Source
 from ..stages.writing import PART_SUFFIX
@@ -32,6 +32,7 @@ from .part_files import (
     mend_parts,
     remove_parts,
     sidecar_content,
+    sync_folders,
     write_part,
     wrong_parts,
 )
@@ -122,9 +123,8 @@ def _continue(plan: Plan, record: Record) -> Session:
     if again := {receipt.name for receipt in record.receipts} - names:  # before anything is written over
         log.append(again_line(sorted(again)))
     mend_parts(plan, wrong)
-    notes.insert(0, f"an earlier run is continued: {len(names)} of {count(len(plan.layers), 'tensor')} are finished")
     session = Session(plan, log, PartSync(plan), done)
-    session.notes += notes
+    session.notes += [f"an earlier run is continued: {session.standing}", *notes]
     return session
 
 
@@ -140,8 +140,7 @@ def _stop(session: Session, error: BaseException) -> None:
         put_back(session.first_plan)
     plan = session.first_plan
     if session.journalled and may_continue(error, _sources(plan)):
-        number = f"{len(session.journalled)} of {count(len(plan.layers), 'tensor')} are finished"
-        kept = f"{number} and kept beside {session.log.place}"
+        kept = f"{session.standing} and kept beside {session.log.place}"
         error.add_note(f"{kept}: run the same command again to continue, or delete that file to start over")
         return
     remove_parts(plan)
@@ -207,8 +206,7 @@ def _commit(session: Session) -> None:
             session.log.append(undone_line())
             session.committing = False
             raise
-    for folder in folders_of(plan):
-        sync_dir(folder)
+    sync_folders(plan)
     for ending in (PART_SUFFIX, PREVIOUS_SUFFIX, BEFORE_SUFFIX):  # of this run, or of others that were killed
         for path in leftovers(plan, ending):
             with contextlib.suppress(OSError):

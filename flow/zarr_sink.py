@@ -28,7 +28,7 @@ from .plan import Plan
 from .resume import differences, earlier_run, finished, peek
 from .run_journal import again_line, head_of, lines_of, read_record
 from .session import Session
-from .sizes import count, show_size
+from .sizes import show_size
 
 
 def check_output(plan: Plan) -> None:
@@ -134,9 +134,9 @@ def _begin(plan: Plan, objects: Objects) -> tuple[Table, Session]:
     create_store(objects, table, files, plan.shards, chunks)
     for layer in plan.layers:
         if layer.constants:
-            slots, writer = {slot.name: slot for slot in layer.slots}, ArrayWriter(layer.parts)
-            for spec, content in layer.constants:
-                writer.write(slots[spec.name], 0, memoryview(content))
+            slots, writer = layer.places, ArrayWriter(layer.parts)
+            for name, content in layer.known.items():
+                writer.write(slots[name], 0, memoryview(content))
             writer.finish()
     log.append(lines_of([head_of(plan)]))
     write_table(objects, table)
@@ -164,9 +164,8 @@ def _continue(plan: Plan, objects: Objects, receipts: Sequence[Receipt]) -> Sess
     if gone := {receipt.name for receipt in receipts} - (names - again):  # before any of it is written over
         log.append(again_line(sorted(gone)))
     session = Session(plan, log, _are_durable, kept)
-    number = len(names - again)
     session.notes += [
-        f"an earlier run is continued: {number} of {count(len(plan.layers), 'tensor')} are finished",
+        f"an earlier run is continued: {session.standing}",
         *(f"{name}: {wrong}: done again" for name, wrong in bad.items()),
     ]
     return session
@@ -182,8 +181,7 @@ def _stop(session: Session, objects: Objects, error: BaseException) -> None:
         session.close()
     plan = session.plan
     if session.journalled and may_continue(error, [plan.source]):
-        number = f"{len(session.journalled)} of {count(len(plan.layers), 'tensor')} are finished"
-        kept = f"{number} and kept in {objects.root}"
+        kept = f"{session.standing} and kept in {objects.root}"
         error.add_note(f"{kept}: run the same command again to continue, or delete it to start over")
         return
     with contextlib.suppress(QuantloomError):

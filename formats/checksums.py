@@ -6,14 +6,14 @@ rows, has a piece for each: XXH3 of a whole cannot be made from those of its par
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import xxhash
 
-if TYPE_CHECKING:
-    from .fileio import Reader
+DIGITS = re.compile("[0-9a-f]{16}")
+"""A checksum, as it is written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,13 +91,3 @@ def covers(pieces: Iterable[Piece], nbytes: int) -> bool:
             return False
         end += piece.nbytes
     return end == nbytes
-
-
-def sum_of(reader: Reader, start: int, nbytes: int, step: int = 4 << 20) -> str:
-    """XXH3 (64 bits, 16 hexadecimal digits) of bytes of a file, read ``step`` at a time."""
-    running, buffer = xxhash.xxh3_64(), bytearray(min(step, nbytes))
-    for first in range(start, start + nbytes, step):
-        view = memoryview(buffer)[: min(step, start + nbytes - first)]
-        reader.read_into(view, first)
-        running.update(view)
-    return running.hexdigest()

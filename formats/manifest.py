@@ -9,12 +9,11 @@ They find damage, not malice: XXH3 is no cryptographic hash, and whoever changes
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .checksums import Piece, checksum, covers
+from .checksums import DIGITS, Piece, checksum, covers
 from .errors import CheckpointError, SinkError, shown
 from .safetensors import parse_json
 from .tensors import TensorRef, TensorSpec
@@ -24,7 +23,6 @@ KEY = "quantloom.checksums"
 ALGORITHM = "xxh3_64"
 
 _METADATA = "__metadata__"
-_DIGITS = re.compile("[0-9a-f]{16}")
 _ZEROS = "0" * 16
 _OPENING = f'{{"algorithm":"{ALGORITHM}","header":"'
 _BEFORE = f'"{KEY}":{json.dumps(_OPENING)[:-1]}'.encode()
@@ -187,7 +185,7 @@ def _pieces(value: Any, at: str) -> tuple[tuple[int | None, str], ...]:
 
 
 def _is_digits(value: Any) -> bool:
-    return isinstance(value, str) and _DIGITS.fullmatch(value) is not None
+    return isinstance(value, str) and DIGITS.fullmatch(value) is not None
 
 
 def _text(values: Mapping[str, Any]) -> str:

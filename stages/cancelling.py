@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,9 @@ from ..formats.errors import QuantloomError
 class Cancelled(QuantloomError):
     """The run was asked to stop; what it had written is removed."""
 
+
+STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+"""Signals that stop a program."""
 
 _cancelled: set[str] = set()
 _running = threading.local()

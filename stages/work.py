@@ -161,6 +161,22 @@ class LayerPlan:
             object.__setattr__(made, name, changes[name] if name in changes else getattr(self, name))
         return made
 
+    @property
+    def places(self) -> dict[str, Slot]:
+        """Places of all that its tasks write, by the names that steps use: ``ADAPTER`` begins those of its adapter."""
+        slots = {slot.name: slot for slot in self.slots}
+        if self.adapter is not None:
+            slots |= {ADAPTER + slot.name: slot for slot in self.adapter.slots}
+        return slots
+
+    @property
+    def known(self) -> dict[str, bytes]:
+        """By the same names, the contents that were known before any work."""
+        contents = {spec.name: content for spec, content in self.constants}
+        if self.adapter is not None and self.adapter.tensors is not None:
+            contents |= {ADAPTER + spec.name: content for spec, content in self.adapter.tensors.constants}
+        return contents
+
     def peak_bytes(self, environment: Environment) -> int:
         """Working memory of one task of it, at most."""
         return sum(step.memory(self, environment) for step in self.steps)

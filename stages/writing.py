@@ -12,7 +12,7 @@ from ..formats.checksums import Summing
 from ..formats.fileio import Writer
 from ..formats.tensors import Slot
 from ..formats.zarr_store import ArrayWriter, in_store, writing_bytes
-from .work import ADAPTER, Environment, LayerPlan, Work
+from .work import Environment, LayerPlan, Work
 
 PART_SUFFIX = ".part"
 """A shard has this at the end of its name until it is complete."""
@@ -59,10 +59,7 @@ class Write:
     name: str = "write"
 
     def run(self, work: Work) -> Work:
-        slots = {slot.name: slot for slot in work.plan.slots}
-        if work.plan.adapter is not None:
-            slots |= {ADAPTER + slot.name: slot for slot in work.plan.adapter.slots}
-        sums = Summing()
+        slots, sums = work.plan.places, Summing()
         with _Files() as files:
             places: Places = ArrayWriter(work.plan.parts) if any(map(in_store, work.plan.slots)) else files
             for chunk in work.chunks():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import shutil
@@ -14,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from checkpoints import FORMATS, child, make_tensors, write_file
+from checkpoints import FORMATS, benchmark, child, make_tensors, write_file
 
 from quantloom import Pipeline
 from quantloom.flow import budget
@@ -263,13 +262,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("large")
     if shutil.disk_usage(folder).free < 5 * 10**9:
         pytest.skip("needs 5 GB of free disk")
-    path = Path(__file__).parents[1] / "benchmarks" / "make_checkpoint.py"
-    spec = importlib.util.spec_from_file_location("make_checkpoint", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["make_checkpoint"] = module
-    spec.loader.exec_module(module)
+    module = benchmark("make_checkpoint")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # on a busy machine threads that wait for each other take ten times as long
     module.make_checkpoint(folder / "model", arch="flux", gb=2.1)

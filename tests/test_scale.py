@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -10,7 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from checkpoints import child, environment, make_tensors, write_file
+from checkpoints import benchmark, child, environment, make_tensors, write_file
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -29,14 +28,7 @@ MB = 10**6
 
 
 def giant() -> ModuleType:
-    path = Path(__file__).parents[1] / "benchmarks" / "giant.py"
-    spec = importlib.util.spec_from_file_location("giant", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["giant"] = module
-    spec.loader.exec_module(module)
-    return module
+    return benchmark("giant")
 
 
 @pytest.fixture(scope="module")
