@@ -14,13 +14,18 @@ import json
 import pickle
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from unittest import mock
 
-from dask._task_spec import Task
-
+import quantloom.flow.graph
 from quantloom import Pipeline
-from quantloom.flow.budget import make_budget
-from quantloom.flow.graph import Graph, Key, batches
+from quantloom.flow.budget import Budget, make_budget
+from quantloom.flow.cluster import run_distributed
+from quantloom.flow.graph import Failure, Graph, LayersOf, Results, batches, submission
+from quantloom.flow.local_cluster import local_client
+from quantloom.flow.packed_tasks import pack_tasks
+from quantloom.flow.placement import Placement
 from quantloom.flow.simulate import Cluster, simulate
 from quantloom.stages.work import Environment, LayerPlan, Receipt
 
@@ -30,46 +35,52 @@ def no_work(plans: Sequence[LayerPlan], environment: Environment) -> list[Receip
     return [Receipt(plan.layer.name, plan.format, plan.layer.nbytes, plan.nbytes_out, 0.0) for plan in plans]
 
 
-def idle_graph(layers: Sequence[LayerPlan], environment: Environment) -> tuple[Graph, list[Key]]:
-    graph: Graph = {}
-    for number, batch in enumerate(batches(layers)):
-        key = (environment.run_id, "batch", str(number))
-        graph[key] = Task(key, no_work, tuple(batch), environment)
-    return graph, list(graph)
+def idle_graph(layers: Sequence[LayerPlan], environment: Environment) -> tuple[Graph, LayersOf]:
+    """The graph of a run whose layers are all chains (no row ranges, no shared solutions), with ``no_work`` in it."""
+    with mock.patch.object(quantloom.flow.graph, "run_chains", no_work):
+        return submission([batch for batch in batches(layers) if not batch[0].parts], environment)
 
 
-Run = Callable[[Graph, list[Key]], int]
-"""Runs a graph; returns the number of receipts."""
+@dataclass(frozen=True)
+class Cost:
+    """What a graph took."""
+
+    wall: float
+    cpu: float
+    """Seconds of this process: client and scheduler, and whoever works in it."""
+    receipts: int
 
 
-def timed(run: Run, graph: Graph, keys: list[Key]) -> tuple[float, float, int]:
-    """Wall seconds, CPU seconds of this process (client and scheduler, and whoever works in it), receipts."""
+def timed(run: Callable[[], int]) -> Cost:
     wall, cpu = time.perf_counter(), time.process_time()
-    done = run(graph, keys)
-    return time.perf_counter() - wall, time.process_time() - cpu, done
+    done = run()
+    return Cost(time.perf_counter() - wall, time.process_time() - cpu, done)
 
 
-def on_threads(graph: Graph, keys: list[Key]) -> tuple[float, float, int]:
+def count(results: Results) -> int:
+    """Receipts of a running graph; a failed task ends the benchmark."""
+    total = 0
+    for key, found in results:
+        if isinstance(found, Failure):
+            raise SystemExit(f"{key}: {found.error}")
+        total += len(found)
+    return total
+
+
+def on_threads(graph: Graph, layers_of: LayersOf) -> Cost:
     from dask.threaded import get
 
-    return timed(lambda graph, keys: sum(map(len, get(graph, keys, num_workers=2))), graph, keys)
+    return timed(lambda: sum(map(len, get(graph, list(layers_of), num_workers=2))))
 
 
-def on_cluster(processes: bool, graph: Graph, keys: list[Key]) -> tuple[float, float, int]:
-    """Without the time that the cluster takes to start and to end."""
+def on_processes(graph: Graph, layers_of: LayersOf, budget: Budget) -> Cost:
+    """On worker processes of this machine, without the time that they take to start and to end."""
     import distributed
 
-    place = {"dashboard_address": "127.0.0.1:0", "worker_dashboard_address": "127.0.0.1:0"}
-    options: dict[str, Any] = {"n_workers": 2, "threads_per_worker": 1, "processes": processes, **place}
-    with distributed.LocalCluster(**options, memory_limit=None) as cluster, distributed.Client(cluster) as client:
-        client.wait_for_workers(2)
-        client.submit(int, 0).result()
-
-        def run(graph: Graph, keys: list[Key]) -> int:
-            futures = client.get(graph, keys, sync=False)
-            return sum(len(done) for _, done in distributed.as_completed(futures, with_results=True))
-
-        return timed(run, graph, keys)
+    with ExitStack() as stack:
+        client = local_client(distributed, "distributed", budget, stack)
+        client.run(no_work, (), budget.environment)  # workers import what tasks need
+        return timed(lambda: count(run_distributed(client, graph, layers_of, budget, Placement())))
 
 
 def main() -> None:
@@ -78,25 +89,27 @@ def main() -> None:
     parser.add_argument("--format", default="nvfp4")
     parser.add_argument("--rounding", default="mse")
     parser.add_argument("--simulate", default="gpus=8,read=6GB/s")
-    parser.add_argument("--on", default="threads,threads of distributed,processes of distributed")
+    parser.add_argument("--on", default="threads,distributed")
+    parser.add_argument("--processes", type=int, default=2, help="workers of distributed")
     args = parser.parse_args()
     pipeline = Pipeline().read(args.model).quantize(args.format, rounding=args.rounding)
     flow = pipeline.write("quantized/", compute=False)
     layers, run = flow.plan.layers, flow.recipe.run
     budget = make_budget(layers, run, "idle")
     seconds = simulate(layers, budget, Cluster.parse(args.simulate, run)).outcomes[0].seconds
-    graph, keys = idle_graph(layers, budget.environment)
-    size = sum(len(pickle.dumps(task)) for task in list(graph.values())[::50]) * 50
-    print(f"{len(layers)} layers, {len(graph)} tasks, {size / len(layers):.0f} bytes a layer; modelled {seconds:.0f} s")
+    graph, layers_of = idle_graph(layers, budget.environment)
+    expected = sum(map(len, layers_of.values()))
+    size = sum(len(pickle.dumps(task)) for task in pack_tasks(graph).values())
+    print(f"{expected} layers, {len(graph)} tasks, {size / len(graph):.0f} bytes a task; modelled {seconds:.0f} s")
     for where in args.on.split(","):
         if where == "threads":
-            wall, cpu, done = on_threads(graph, keys)
+            cost = on_threads(graph, layers_of)
         else:
-            wall, cpu, done = on_cluster(where.startswith("processes"), graph, keys)
-        assert done == len(layers)
+            cost = on_processes(graph, layers_of, replace(budget, workers=args.processes))
+        assert cost.receipts == expected
         found = {
-            "on": where, "wall_s": round(wall, 2), "us_per_task": round(wall / len(graph) * 1e6),
-            "cpu_us_per_task": round(cpu / len(graph) * 1e6), "share": round(wall / seconds, 4),
+            "on": where, "wall_s": round(cost.wall, 2), "us_per_task": round(cost.wall / len(graph) * 1e6),
+            "cpu_us_per_task": round(cost.cpu / len(graph) * 1e6), "share": round(cost.wall / seconds, 4),
         }  # fmt: skip
         print(json.dumps(found), flush=True)
 

@@ -14,6 +14,7 @@ from .budget import Budget
 from .cluster_checks import check_workers
 from .graph import Failure, Graph, Key, LayersOf, Results
 from .local_cluster import local_client, undisturbed
+from .packed_tasks import pack_tasks, unpack
 from .placement import Placement
 
 if TYPE_CHECKING:
@@ -47,10 +48,11 @@ def run_distributed(
             waiting = distributed.as_completed(futures, loop=client.loop, with_results=True, raise_errors=False)
             for future, found in waiting:
                 if future.status == "error":
-                    found = Failure(_explained(distributed, future.exception()))
+                    yield key_of[future.key], Failure(_explained(distributed, future.exception()))
                 elif isinstance(found, BaseException):
                     raise found
-                yield key_of[future.key], found
+                else:
+                    yield key_of[future.key], unpack(found)
         except BaseException as error:
             if isinstance(error, _cancellations(distributed)):  # nobody is there who could be asked to stop
                 why = next(iter(str(error).splitlines()), type(error).__name__)
@@ -80,7 +82,7 @@ def _submitted(client: Any, graph: Graph, layers_of: LayersOf, place: Placement)
         for worker in client.scheduler_info(n_workers=-1)["workers"].values():
             threads[worker["host"]] = threads.get(worker["host"], 0) + worker["nthreads"]
         annotations["workers"] = place.hosts(threads, layers_of).get
-    layer = MaterializedLayer(graph, annotations=annotations)
+    layer = MaterializedLayer(pack_tasks(graph), annotations=annotations)
     # Tasks carry the plans of their layers, a few kilobytes each: more than Dask expects, and no data.
     with dask.config.set({"distributed.admin.large-graph-warning-threshold": "1GB"}):
         return list(client.get(HighLevelGraph({"quantloom": layer}, {"quantloom": set()}), list(layers_of), sync=False))

@@ -24,8 +24,8 @@ BATCH_BYTES = 64 << 20
 SLOW = 8
 """Bytes of a layer that is seen as a whole matrix count so many times: its task takes as much longer, and what a task
 has not finished is lost when a run is killed."""
-MOST_BATCHES = 2048
-"""... and of so many more that a model has about this many tasks: Dask takes milliseconds for each ..."""
+MOST_BATCHES = 1024
+"""... and of so many more that a model has about this many tasks: Dask takes two milliseconds for each ..."""
 BATCH_LAYERS = 256
 """... but of no more layers than this: what Dask does within a fused task grows with the square of its nodes."""
 

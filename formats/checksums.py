@@ -12,12 +12,14 @@ from dataclasses import dataclass
 
 import xxhash
 
+from .record import Record
+
 DIGITS = re.compile("[0-9a-f]{16}")
 """A checksum, as it is written."""
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(Record):
     """Some bytes of one output tensor, and their checksum."""
 
     name: str

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from .format import Format, ceil_to
+from .record import Record
 from .registry import make_format
 from .rotation import rotate_
 from .swizzle import TILE_ROWS, unswizzle
@@ -14,7 +15,7 @@ from .tensors import TensorRef, torch_dtype
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class Layout(Record):
     """What a dialect decides about canonical codes and scales."""
 
     swizzled: bool = False
@@ -28,7 +29,7 @@ class Layout:
 
 
 @dataclass(frozen=True, slots=True)
-class Encoding:
+class Encoding(Record):
     """A quantized layer of an input."""
 
     dialect: str

@@ -9,6 +9,7 @@ from .comfy import MARKER
 from .encoding import Encoding
 from .markers import Entry, Markers, is_legacy_marker, read_markers
 from .recognize import recognize
+from .record import Record
 from .source import Source
 from .stored import Declared, Stored, Undecodable
 from .tensors import FLOAT_DTYPES, TensorRef, TensorSpec
@@ -31,7 +32,7 @@ Parts = Mapping[str, TensorRef]
 
 
 @dataclass(frozen=True, slots=True)
-class Layer:
+class Layer(Record):
     """The tensors that make up one weight, or one tensor that stands alone."""
 
     name: str

@@ -7,6 +7,8 @@ import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from .record import Record
+
 if TYPE_CHECKING:
     import torch
 
@@ -42,7 +44,7 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 @dataclass(frozen=True, slots=True)
-class TensorSpec:
+class TensorSpec(Record):
     """What a tensor will be: name, dtype and shape, before it has a place."""
 
     name: str

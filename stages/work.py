@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+from ..formats.record import Record
+
 if TYPE_CHECKING:
     import torch
 
@@ -74,7 +76,7 @@ class Step(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
+class Settings(Record):
     """What targeting decided for a layer that is to be quantized."""
 
     overrides: Mapping[str, Any] = field(default_factory=dict)
@@ -84,7 +86,7 @@ class Settings:
 
 
 @dataclass(frozen=True, slots=True)
-class AdapterPlan:
+class AdapterPlan(Record):
     """The adapter that a layer gets."""
 
     method: str
@@ -110,7 +112,7 @@ class AdapterPlan:
 
 
 @dataclass(frozen=True, slots=True)
-class LayerPlan:
+class LayerPlan(Record):
     """Everything that will happen to one layer, before any weight is read."""
 
     layer: Layer

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -20,7 +22,7 @@ import torch
 from checkpoints import environment, make_tensors, write_file
 
 from quantloom import Pipeline
-from quantloom.flow import cluster, cluster_checks, graph, worker_look
+from quantloom.flow import cluster, cluster_checks, graph, packed_tasks, worker_look
 from quantloom.flow.execute import run_plan
 from quantloom.flow.graph import batches, submission
 from quantloom.flow.placement import Placement, assign
@@ -311,6 +313,53 @@ def test_the_biggest_layers_come_first(name: str, tmp_path: Path, monkeypatch: p
     numbers = order(tasks)
     single = [key for key in sorted(keys, key=numbers.__getitem__) if len(key) == 4]
     assert single == [key for key in keys if len(key) == 4], "on threads, where Dask alone decides"
+
+
+# -- tasks as bytes ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["fp8", "nvfp4"])
+def test_tasks_travel_as_bytes_that_only_workers_read(name: str, tmp_path: Path,
+                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    """Row ranges of one layer wait for each other's numbers, which are packed too."""
+    from dask.local import get_sync
+
+    from quantloom.flow import parts
+
+    source = write_file(tmp_path / "s.safetensors", {"a.weight": torch.randn(600, 64), "b.weight": torch.randn(8, 64)})
+    monkeypatch.setattr(parts, "PART_BYTES", 50_000)
+    plan = Pipeline().read(source).quantize(name).write(tmp_path / "o.safetensors", compute=False).plan
+    idle = [plan.having(steps=plan.steps[:-1]) for plan in plan.layers]  # no file is there to write to
+    tasks, layers_of = submission(batches(idle), Environment("run"))
+    sent = packed_tasks.pack_tasks(tasks)
+    found = dict(zip(layers_of, map(packed_tasks.unpack, get_sync(sent, list(layers_of))), strict=True))
+    assert found.keys() == layers_of.keys()
+    assert sorted({receipt.name for receipts in found.values() for receipt in receipts}) == ["a", "b"]
+    assert {key: task.dependencies for key, task in sent.items()} == {key: t.dependencies for key, t in tasks.items()}
+    assert any(task.args for task in sent.values()), "values of other tasks are packed as well"
+
+
+def test_a_task_is_named_without_a_look_at_what_it_carries(source: Path, tmp_path: Path,
+                                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    from dask.tokenize import tokenize
+
+    def looked(*_: Any) -> None:
+        raise AssertionError("somebody unpacked a plan")
+
+    tasks, _ = submission(batches(flow(source, tmp_path / "o.safetensors").plan.layers), Environment("run"))
+    sent = packed_tasks.pack_tasks(tasks)
+    monkeypatch.setattr(packed_tasks, "unpack", looked)
+    names = {tokenize(pickle.loads(pickle.dumps(task))) for task in sent.values()}
+    assert len(names) == len(tasks)
+    with pytest.raises(AssertionError, match="unpacked"):
+        next(iter(sent.values()))()
+
+
+def test_plans_are_sent_as_their_values(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Field names, looked up for each of a million records, would take as long as all the rest."""
+    plan = flow(source, tmp_path / "o.safetensors").plan
+    monkeypatch.setattr(dataclasses, "fields", None)
+    assert pickle.loads(pickle.dumps(plan.layers)) == plan.layers
 
 
 # -- processes ---------------------------------------------------------------------------------------------------------
