@@ -169,6 +169,18 @@ def config(shape: Shape, kind: str) -> dict[str, Any]:
     return made
 
 
+PLAN = """
+import json, sys, time, torch
+from quantloom import Pipeline
+
+pipeline = Pipeline().read(sys.argv[1]).quantize(sys.argv[2])
+began = time.process_time()
+plan = pipeline.write(sys.argv[3], compute=False).plan
+print(json.dumps({"plan": sys.argv[2], "plan_s": round(time.process_time() - began, 2), "layers": len(plan.layers)}))
+"""
+"""CPU seconds of planning alone; the file or folder is not written."""
+
+
 def measure(command: Sequence[str], threads: int = 1) -> dict[str, float]:
     """CPU and wall seconds and peak resident MB of a whole process, imports included."""
     began = time.perf_counter()
@@ -197,6 +209,7 @@ def main() -> None:
     made = make_giant(args.out, args.kind, args.gb, args.tensors, args.shards, args.experts)
     print(json.dumps(asdict(made)))
     for name in filter(None, args.plan.split(",")):
+        subprocess.run([sys.executable, "-c", PLAN, args.out, name, f"{args.out.rstrip('/')}-planned/"], check=True)
         command = [sys.executable, "-m", "quantloom.flow.cli", "plan", args.out, "--format", name]
         for output, more in (("one file", []), ("shards", [f"{args.out.rstrip('/')}-planned/"])):
             print(json.dumps({"plan": name, "output": output, **measure([*command, *more])}), flush=True)

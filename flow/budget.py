@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -125,9 +126,9 @@ def make_budget(layers: Sequence[LayerPlan], run: Run, run_id: str) -> Budget:
     # A worker process of a local cluster holds what this one holds; that of a GPU has several tasks at a time.
     own = base if run.scheduler == "distributed" and not gpus else 0
     base += (base + _CUDA_PROCESS_BYTES) * len(gpus)
-    each = max(1, len(gpus))
+    each, kinds = max(1, len(gpus)), one_of_each(layers)
     while True:
-        hungriest = max(layers, key=lambda layer: layer.peak_bytes(environment), default=None)
+        hungriest = max(kinds, key=lambda layer: layer.peak_bytes(environment), default=None)
         need = own + (hungriest.peak_bytes(environment) if hungriest else 0)
         if base + need * each <= limit or environment.chunk_bytes <= _SMALLEST_CHUNK:
             break
@@ -149,6 +150,21 @@ def make_budget(layers: Sequence[LayerPlan], run: Run, run_id: str) -> Budget:
             )
         workers = min(workers, free // max(1, need))
     return Budget(limit, base, need, workers, environment, gpus)
+
+
+def one_of_each(layers: Sequence[LayerPlan]) -> list[LayerPlan]:
+    """A layer of each kind that needs its own memory: 100,000 layers have dozens of shapes, and share their chains."""
+    kinds: dict[tuple[Any, ...], LayerPlan] = {}
+    for plan in layers:
+        kinds.setdefault(_kind(plan), plan)
+    return list(kinds.values())
+
+
+def _kind(plan: LayerPlan) -> tuple[Any, ...]:
+    """What steps ask of a layer when they say how much memory they take."""
+    weight, tensors = plan.layer.weight, plan.layer.tensors
+    stored = tuple((ref.dtype, ref.shape, ref.path) for ref in tensors)
+    return id(plan.steps), weight.dtype, weight.shape, stored, plan.together, id(plan.adapter)
 
 
 def _status() -> str:

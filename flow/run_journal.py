@@ -121,7 +121,7 @@ def head_of(plan: Plan) -> dict[str, Any]:
     shards = [*plan.shards, *([] if plan.adapter is None else [plan.adapter.shard])]
     heads = hashlib.sha256()
     for shard in shards:
-        texts = [hashlib.sha256(text).hexdigest() for text in shard.metadata]
+        texts = [hashlib.sha256(text).hexdigest() for text in shard.texts]
         heads.update(repr((shard.size, texts, [(slot.name, slot.dtype, slot.shape) for slot in shard.slots])).encode())
     return {
         "journal": _VERSION, "version": __version__, "plan": plan.digest, "layout": plan.source.layout,

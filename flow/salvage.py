@@ -71,8 +71,7 @@ def _moved(old: LayerPlan, new: LayerPlan) -> LayerPlan:
         for name, slot in old.places.items() if name not in known
     )  # fmt: skip
     copied = replace(new.layer, tensors=refs)
-    chain = (Copy(tuple((ref.name, ref.name) for ref in refs)), Write())
-    return replace(new, layer=copied, steps=chain, parts=(), together=(), affinity="", inputs=None)
+    return replace(new, layer=copied, steps=(Copy(), Write()), parts=(), together=(), affinity="", inputs=None)
 
 
 def _written(plan: LayerPlan) -> tuple[object, ...]:

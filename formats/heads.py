@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from io import BytesIO
 from json.encoder import encode_basestring
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,7 @@ DATA_ALIGNMENT = 64
 """The data of a written file starts at a multiple of this many bytes."""
 
 
-Texts = tuple[bytes, ...]
+Texts = tuple[bytes | memoryview, ...]
 """``__metadata__`` as JSON in pieces; none where there is none."""
 
 
@@ -44,11 +45,7 @@ class Metadata:
         own = metadata_text(self.own(specs))
         if not own or not self._text:
             return tuple(text for text in (self._text, own) if text)
-        return self._front, own[1:]
-
-    @cached_property
-    def _front(self) -> bytes:
-        return self._text[:-1] + b","
+        return memoryview(self._text)[:-1], b",", memoryview(own)[1:]
 
 
 def layout(specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> tuple[bytes, list[int], int]:
@@ -77,7 +74,7 @@ class Placed:
     """Of each, in the given order, counted from the beginning of the data."""
     size: int
     """Bytes of the data."""
-    pieces: tuple[bytes, ...]
+    pieces: Texts
     """The header, length included, in pieces: those of several files share their metadata."""
 
     @property
@@ -95,7 +92,7 @@ def place(specs: Sequence[TensorSpec], metadata: Texts) -> Placed:
     sizes = [_nbytes(spec) for spec in specs]
     starts, position = [0] * len(specs), 0
     seen = {METADATA}
-    entries = []
+    entries, separator = BytesIO(), ""
     for index in sorted(range(len(specs)), key=lambda index: -DTYPE_BITS[specs[index].dtype]):
         spec = specs[index]
         if spec.name in seen:
@@ -103,9 +100,10 @@ def place(specs: Sequence[TensorSpec], metadata: Texts) -> Placed:
         seen.add(spec.name)
         starts[index] = position
         end = position + sizes[index]
-        entries.append(f"{encode_basestring(spec.name)}:{_described(spec.dtype, spec.shape)}[{position},{end}]}}")
-        position = end
-    tensors = _encoded(",".join(entries))
+        described = _described(spec.dtype, spec.shape)
+        entries.write(_encoded(f"{separator}{encode_basestring(spec.name)}:{described}[{position},{end}]}}"))
+        position, separator = end, ","
+    tensors = entries.getvalue()
     front = (b'{"' + METADATA.encode() + b'":', *metadata, b"," if tensors else b"") if metadata else (b"{",)
     length = sum(map(len, front)) + len(tensors) + 1
     padding = b" " * (-(8 + length) % DATA_ALIGNMENT)

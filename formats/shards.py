@@ -26,14 +26,19 @@ class Shard:
     size: int
     """Bytes of the whole file."""
     slots: tuple[Slot, ...]
-    metadata: Texts
-    """``__metadata__`` as JSON, in pieces that the files of a model share."""
+    metadata: Metadata
+    """``__metadata__``, which the files of a model share but for entries of their own."""
+
+    @property
+    def texts(self) -> Texts:
+        """``__metadata__`` as JSON, in pieces; made when asked for."""
+        return self.metadata.of(self.slots)
 
     @property
     def head(self) -> bytes:
         """Length and JSON header, padded: made when asked for, as the heads of many shards are longer than the rest of
         a plan."""
-        return place(self.slots, self.metadata).head
+        return place(self.slots, self.texts).head
 
 
 def is_single_file(output: str) -> bool:
@@ -78,11 +83,11 @@ def lay_out(
         places = [(f"{root}/{name}", f"{whole}/{number}") for number, name in enumerate(names, 1)]
     else:
         places = [(str(folder / name), str((folder / name).absolute())) for name in names]
-    return [_shard(*names, specs, metadata.of(specs)) for names, specs in zip(places, bins, strict=True)]
+    return [_shard(*names, specs, metadata) for names, specs in zip(places, bins, strict=True)]
 
 
-def _shard(path: str, full: str, specs: Sequence[TensorSpec], metadata: Texts) -> Shard:
-    placed = place(specs, metadata)
+def _shard(path: str, full: str, specs: Sequence[TensorSpec], metadata: Metadata) -> Shard:
+    placed = place(specs, metadata.of(specs))
     begin = placed.length
     slots = tuple(
         Slot(spec.name, spec.dtype, spec.shape, full, begin + start)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .checksums import Piece
-from .heads import layout
+from .heads import Metadata, layout
 from .manifest import KEY, finished_head
 from .output_store import OutputStore, StoredShard, StoredTensor
 from .shards import SUFFIX, Shard, index_file
@@ -89,4 +89,4 @@ def _named(shard: StoredShard, name: str) -> Shard:
     """A shard under its final name."""
     refs = [tensor.ref for tensor in shard.planned]
     slots = tuple(Slot(ref.name, ref.dtype, ref.shape, name, ref.start) for ref in refs)
-    return Shard(name, shard.size, slots, ())
+    return Shard(name, shard.size, slots, Metadata({}))

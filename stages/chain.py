@@ -79,7 +79,7 @@ def quantized(plan: LayerPlan, choice: Choice) -> LayerPlan:
     """The layer with the chain of the choice and the tensors that it stores."""
     layer = plan.layer
     chain = choice.chain(layer)
-    steps, outputs = chain.steps, tuple(_named(layer.name, spec) for spec in chain.storage.specs)
+    steps, outputs = chain.steps, tuple(_named(layer, spec) for spec in chain.storage.specs)
     known = outputs[len(outputs) - len(chain.storage.constants) :]
     constants = tuple((spec, content) for spec, (_, content) in zip(known, chain.storage.constants, strict=True))
     if choice.bias is not None and choice.inputs is not None:
@@ -93,8 +93,10 @@ def quantized(plan: LayerPlan, choice: Choice) -> LayerPlan:
     )  # fmt: skip
 
 
-def _named(layer: str, spec: TensorSpec) -> TensorSpec:
-    return TensorSpec(layer + spec.name, spec.dtype, spec.shape)
+def _named(layer: Layer, spec: TensorSpec) -> TensorSpec:
+    """The spec under its full name; that of the weight is there already, and is not kept twice."""
+    name, weight = layer.name + spec.name, layer.weight.name
+    return TensorSpec(weight if name == weight else name, spec.dtype, spec.shape)
 
 
 def _arguments(fmt: Format) -> tuple[str, str, int | None]:

@@ -18,7 +18,7 @@ from .reading import Copy, Decode, read_whole
 from .work import LayerPlan
 from .writing import Write
 
-_WRITE = Write()
+_AS_IT_IS = (Copy(), Write())
 _LEGACY_NAMES = {names[LEGACY]: names[COMFY] for names in (SCALES, INPUT_SCALES)}
 
 
@@ -47,9 +47,7 @@ def _describes(marker: Mapping[str, Any], encoding: Encoding) -> bool:
 
 def verbatim(layer: Layer, reason: str = "") -> LayerPlan:
     """The plan of a layer that is copied byte for byte, whatever it holds: for stages that only edit."""
-    names = tuple((ref.name, ref.name) for ref in layer.tensors)
-    outputs = tuple(TensorSpec(ref.name, ref.dtype, ref.shape) for ref in layer.tensors)
-    return LayerPlan(layer, (Copy(names), Write()), outputs, reason=reason, entry=layer.marker)
+    return LayerPlan(layer, _AS_IT_IS, layer.tensors, reason=reason, entry=layer.marker)
 
 
 def renamed(layer: Layer, reason: str = "") -> LayerPlan:
@@ -57,8 +55,7 @@ def renamed(layer: Layer, reason: str = "") -> LayerPlan:
     if layer.encoding is None and layer.marker is None and len(layer.tensors) == 1:
         (ref,) = layer.tensors
         if ref.name.removeprefix(layer.name) in ("", ".weight"):
-            steps = (Copy(((ref.name, ref.name),)), _WRITE)
-            return LayerPlan(layer, steps, (TensorSpec(ref.name, ref.dtype, ref.shape),), reason=reason)
+            return LayerPlan(layer, _AS_IT_IS, layer.tensors, reason=reason)
     legacy = layer.encoding is not None and layer.encoding.dialect == LEGACY
     names = []
     for ref in layer.tensors:
@@ -85,7 +82,8 @@ def without_tensor(plan: LayerPlan, name: str) -> LayerPlan:
     """The plan of a copied layer that leaves out one output, if it has it."""
     copy = plan.steps[0]
     assert isinstance(copy, Copy)
-    steps = (Copy(tuple(pair for pair in copy.names if pair[1] != name)), *plan.steps[1:])
+    pairs = tuple((ref.name, output) for ref, output in copy.pairs(plan.layer) if output != name)
+    steps = (Copy(pairs), *plan.steps[1:])
     outputs = tuple(spec for spec in plan.outputs if spec.name != name)
     return replace(plan, steps=steps, outputs=outputs)
 

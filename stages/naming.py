@@ -89,8 +89,11 @@ _ANY_INDEX = re.compile(r"\.(?!(?:0|1|23)\.)\d+(?=\.)")
 """Numbers of blocks and experts that no rule below tells apart; 0, 1 and 23 stand in one."""
 
 
+@lru_cache(maxsize=4)
 def _folded(name: str) -> str:
-    """The name with block and expert numbers folded, so that few are left to search: 100,000 layers have dozens."""
+    """The name with block and expert numbers folded, so that few are left to search: 100,000 layers have dozens.
+
+    Several questions are asked of one layer before the next."""
     return _ANY_INDEX.sub(".9", _plain(name))
 
 

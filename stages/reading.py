@@ -95,18 +95,24 @@ def as_float32(x: torch.Tensor, columns: int) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Copy:
-    """Passes tensors through byte for byte, under new names where ``names`` gives one."""
+    """Passes tensors through byte for byte."""
 
-    names: tuple[tuple[str, str], ...]
-    """(stored name, output name) of every tensor."""
+    names: tuple[tuple[str, str], ...] | None = None
+    """(stored name, output name) of every tensor that is copied; None: all of the layer, under the names they have."""
     name: str = "copy"
 
+    def pairs(self, layer: Layer) -> list[tuple[TensorRef, str]]:
+        """What is copied, and its name in the output."""
+        if self.names is None:
+            return [(ref, ref.name) for ref in layer.tensors]
+        refs = {ref.name: ref for ref in layer.tensors}
+        return [(refs[stored], output) for stored, output in self.names]
+
     def run(self, work: Work) -> Work:
-        refs = {ref.name: ref for ref in work.plan.layer.tensors}
+        pairs = self.pairs(work.plan.layer)
 
         def stream(_start: int, _stop: int) -> Iterator[Chunk]:
-            for stored, output in self.names:
-                ref = refs[stored]
+            for ref, output in pairs:
                 whole = (0, ref.nbytes)
                 with Reader(ref.path) as reader:
                     reader.announce(ref.start, ref.start + ref.nbytes)
