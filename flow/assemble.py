@@ -20,7 +20,7 @@ from ..formats.shards import is_single_file, is_store
 from ..formats.store_files import FileLayout, lay_out_files
 from ..formats.store_table import Table
 from ..formats.urls import hide, is_url
-from .assemble_targets import BucketTarget, FolderTarget, Out, Target
+from .assemble_targets import BucketTarget, FolderTarget, Out, Target, named_before
 from .sizes import count, show_seconds, show_size
 
 WORKERS = 8
@@ -71,16 +71,19 @@ def assemble(store: str, output: str, *, overwrite: bool = False, workers: int =
     contents = [*source.sidecars()] if single is None else []
     if files.index is not None:
         contents.append(files.index)
-    names = [*(file.name for file in files.files), *(name for name, _ in contents)]
-    nbytes = sum(file.size for file in files.files) + sum(len(content) for _, content in contents)
-    target.check(names, nbytes, overwrite)
+    expected = {file.name: (file.size, file.head) for file in files.files}
+    expected |= {name: (len(content), content) for name, content in contents}
+    nbytes = sum(size for size, _ in expected.values())
+    target.check(list(expected), nbytes)
+    there = set() if overwrite else named_before(target, expected)
     with target.open():
-        _write_files(source, files.files, target, workers)
+        _write_files(source, [file for file in files.files if file.name not in there], target, workers)
         for name, content in contents:
-            with target.file(name, len(content)) as out:
-                out.write(content)
-        target.commit(names, overwrite)
-    return Assembled(store, output, tuple(names), nbytes, time.perf_counter() - began)
+            if name not in there:
+                with target.file(name, len(content)) as out:
+                    out.write(content)
+        target.commit([name for name in expected if name not in there], overwrite)
+    return Assembled(store, output, tuple(expected), nbytes, time.perf_counter() - began)
 
 
 def _target(output: str) -> tuple[Target, str | None]:

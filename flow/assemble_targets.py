@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, Protocol
@@ -34,8 +34,14 @@ class Out(Protocol):
 class Target(Protocol):
     """The place of files that become real together."""
 
-    def check(self, names: Sequence[str], nbytes: int, overwrite: bool) -> None:
-        """PlanError when one exists and is not to be replaced, or so many bytes do not fit."""
+    def check(self, names: Sequence[str], nbytes: int) -> None:
+        """PlanError for a place that cannot have files of these names, or no room for so many bytes."""
+
+    def look(self, name: str, count: int) -> tuple[int, bytes] | None:
+        """Size of a file and its first ``count`` bytes; None when it is not there."""
+
+    def where(self, name: str) -> str:
+        """Path or URL of a file."""
 
     def open(self) -> contextlib.AbstractContextManager[None]:
         """Keeps others out for the time of the block; what has no name at its end is removed."""
@@ -47,6 +53,19 @@ class Target(Protocol):
         """Gives the files their names, in this order."""
 
 
+def named_before(target: Target, expected: Mapping[str, tuple[int, bytes]]) -> set[str]:
+    """Files that an assembly had given their names when it was killed, of all that belong to an output: size and
+    first bytes of each, which for files with tensors are all checksums.
+
+    PlanError when the output is complete, or something else stands in its place.
+    """
+    found = {name: target.look(name, len(begin)) for name, (_, begin) in expected.items()}
+    there = [name for name, what in found.items() if what is not None]
+    if len(there) == len(expected) or any(found[name] != expected[name] for name in there):
+        raise PlanError(f"{target.where(there[0])}: exists already; pass --overwrite to replace it, or write elsewhere")
+    return set(there)
+
+
 class FolderTarget:
     """Parts that are synced and renamed."""
 
@@ -56,14 +75,25 @@ class FolderTarget:
         """Whether whoever reads the folder takes all its shards for one model."""
         self._parts: list[Path] = []
 
-    def check(self, names: Sequence[str], nbytes: int, overwrite: bool) -> None:
+    def look(self, name: str, count: int) -> tuple[int, bytes] | None:
+        path = self.folder / name
+        try:
+            if not os.path.lexists(path):
+                return None
+            with path.open("rb") as file:
+                return os.fstat(file.fileno()).st_size, file.read(count)
+        except OSError as error:
+            raise SinkError(f"{path}: cannot be looked at: {error.strerror or error}") from error
+
+    def where(self, name: str) -> str:
+        return str(self.folder / name)
+
+    def check(self, names: Sequence[str], nbytes: int) -> None:
         if self.folder.exists() and not self.folder.is_dir():
             raise PlanError(f"{self.folder}: is a file; for one file as output, let the name end in {SUFFIX}")
         for path in (self.folder / name for name in names):
             if path.is_dir():
                 raise PlanError(f"{path}: is a folder where a file of the output belongs; write somewhere else")
-            if not overwrite and os.path.lexists(path):
-                raise PlanError(f"{path}: exists already; pass --overwrite to replace it, or write somewhere else")
         others = sorted(path.name for path in self.folder.glob(f"*{SUFFIX}") if path.name not in names)
         if self.alone and others:
             raise PlanError(
@@ -127,15 +157,22 @@ class BucketTarget:
         self._fs = uploads(root)
         self._files: dict[str, Any] = {}
 
-    def check(self, names: Sequence[str], nbytes: int, overwrite: bool) -> None:
-        for name in () if overwrite else names:
-            try:
-                self._store.look(f"{self.root}/{name}")
-            except FileNotFoundError:
-                continue
-            except OSError as error:
-                raise SinkError(f"{self.root}/{name}: cannot be looked at: {error.strerror or error}") from error
-            raise PlanError(f"{self.root}/{name}: exists already; pass --overwrite to replace it, or write elsewhere")
+    def check(self, names: Sequence[str], nbytes: int) -> None:
+        """A bucket takes every name, and nobody can tell its room."""
+
+    def look(self, name: str, count: int) -> tuple[int, bytes] | None:
+        content = bytearray(count)
+        try:
+            size = self._store.look(self.where(name)).size
+            got = self._store.fetch(self.where(name), 0, memoryview(content)) if count and size else 0
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise SinkError(f"{self.where(name)}: cannot be looked at: {error.strerror or error}") from error
+        return size, bytes(content[:got])
+
+    def where(self, name: str) -> str:
+        return f"{self.root}/{name}"
 
     @contextlib.contextmanager
     def open(self) -> Iterator[None]:
@@ -158,7 +195,8 @@ class BucketTarget:
         _known(url, file.close)
 
     def commit(self, names: Sequence[str], overwrite: bool) -> None:
-        self.check(names, 0, overwrite)
+        if not overwrite and (found := [name for name in names if self.look(name, 0) is not None]):
+            raise SinkError(f"{self.where(found[0])}: appeared meanwhile; nothing was written; write somewhere else")
         done = []
         try:
             for name in names:

@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 
 from ..formats.errors import PlanError
+from ..stages.matrix import Solve
 from ..stages.work import Environment, LayerPlan
 from .devices import gpu_workers
 from .recipe import Run
@@ -24,7 +25,10 @@ CROWD = 4
 threads spend more time waiting for it than working (16 threads, 0.8 GB, NVFP4 ``mse``: 10.1 s on 1 MiB, 3.5 on 4)."""
 CUDA_CHUNK_BYTES = 64 << 20
 CUDA_TASKS = 6
-"""Tasks at a time on one GPU: while some read and write, one computes."""
+"""Tasks at a time on one GPU: while some read and write, one computes ..."""
+CUDA_SOLVING_TASKS = 4
+"""... and where whole matrices are solved: reading and writing matter less, and threads of one process stand in each
+other's way when they start kernels (benchmarks/README.md, "Tasks at a time on a GPU")."""
 _CUDA_PROCESS_BYTES = 768 << 20
 """Host memory that CUDA's context and libraries take in a worker process, beside interpreter and torch."""
 _SMALLEST_CHUNK = 64 << 10
@@ -120,7 +124,7 @@ def make_budget(layers: Sequence[LayerPlan], run: Run, run_id: str) -> Budget:
     base = psutil.Process().memory_info().rss + _STARTUP_BYTES
     limit = run.memory if run.memory is not None else base + free_memory() // 2
     on_cuda, gpus = run.device.startswith("cuda"), gpu_workers(run)
-    most = run.workers or (CUDA_TASKS if on_cuda else cores())
+    most = run.workers or (_cuda_tasks(layers) if on_cuda else cores())
     chunk = CPU_CHUNK_BYTES * (min(most, CROWD) if run.scheduler == "threads" else 1)
     environment = Environment(run_id, "cuda" if gpus else run.device, CUDA_CHUNK_BYTES if on_cuda else chunk)
     # A worker process of a local cluster holds what this one holds; that of a GPU has several tasks at a time.
@@ -150,6 +154,11 @@ def make_budget(layers: Sequence[LayerPlan], run: Run, run_id: str) -> Budget:
             )
         workers = min(workers, free // max(1, need))
     return Budget(limit, base, need, workers, environment, gpus)
+
+
+def _cuda_tasks(layers: Sequence[LayerPlan]) -> int:
+    solving = any(isinstance(step, Solve) for plan in layers for step in plan.steps)
+    return CUDA_SOLVING_TASKS if solving else CUDA_TASKS
 
 
 def one_of_each(layers: Sequence[LayerPlan]) -> list[LayerPlan]:

@@ -39,8 +39,11 @@ class StoreLog:
         self._count += 1
 
     def remove(self) -> None:
-        """Raises SinkError when an object stays."""
-        self._objects.remove(self._keys())
+        """Raises SinkError when an object stays. The first one, which says of what plan it is, goes last: a run that
+        is killed meanwhile leaves a journal that can be read."""
+        keys = self._keys()
+        self._objects.remove(keys[:0:-1])
+        self._objects.remove(keys[:1])
         self._count = 0
 
     def _keys(self) -> list[str]:

@@ -70,7 +70,7 @@ def _check_existing(plan: Plan, objects: Objects) -> Table | None:
         if foreign := next((key for key in objects.find() if not is_own(key)), None):
             raise PlanError(f"{root}: holds {foreign}, which is no part of a store; write somewhere else")
         return None
-    done = found.checksums is not None
+    done = _is_complete(plan, found)
     if plan.output.overwrite and done:
         return found
     if found.plan != plan.digest:
@@ -85,6 +85,11 @@ def _check_existing(plan: Plan, objects: Objects) -> Table | None:
             "--overwrite to replace it, or write somewhere else"
         )
     return found
+
+
+def _is_complete(plan: Plan, found: Table) -> bool:
+    """Whether nothing is left to do: of a run that was killed while it ended, the journal is still there."""
+    return found.checksums is not None and (found.plan != plan.digest or not log_of(plan).read())
 
 
 def _other(plan: Plan) -> str:
@@ -111,6 +116,7 @@ def open_sink(plan: Plan) -> Iterator[Session]:
             yield session
             session.close()
             check_unchanged(plan.source)
+            objects.sweep()
             close_store(objects, table, plan.shards, _checksums(plan, session.receipts))
             session.log.remove()
         except BaseException as error:
@@ -124,7 +130,7 @@ def _begin(plan: Plan, objects: Objects) -> tuple[Table, Session]:
     split = plan.output.shard_bytes is not None
     table, files = table_of(plan.digest, __version__, split, plan.shards, chunks, sidecars)
     found, log = _check_existing(plan, objects), log_of(plan)
-    if found is None or found.checksums is None:
+    if found is None or not _is_complete(plan, found):
         if found is not None and not found.same_output(table):
             raise PlanError(f"{objects.root}: its table is not that of this plan; delete it, or write somewhere else")
         record = earlier_run(plan, log)

@@ -9,6 +9,7 @@ import contextlib
 import errno
 import itertools
 import os
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,6 +23,8 @@ from .urls import hide, is_url
 _MANY = 1000
 """Objects that are deleted by one request."""
 _numbers = itertools.count()
+_WAITING = re.compile(r"\..+\.[0-9]+-[0-9]+\.part")
+"""Name of a file that is being written."""
 
 
 class Objects(Protocol):
@@ -42,6 +45,9 @@ class Objects(Protocol):
 
     def remove(self, keys: Iterable[str]) -> None:
         """Deletes these objects, whether they exist or not; SinkError when that fails."""
+
+    def sweep(self) -> None:
+        """Removes what writers left half written that were killed; nobody may be writing."""
 
     def free(self) -> int | None:
         """Bytes that may still be written; None where nobody can tell."""
@@ -123,6 +129,9 @@ class FolderObjects:
             with contextlib.suppress(OSError):  # something of somebody else lies in it
                 folder.rmdir()
 
+    def sweep(self) -> None:
+        self.remove([key for key in self.find() if _WAITING.fullmatch(key.rpartition("/")[2])])
+
     def free(self) -> int | None:
         return free_bytes(self.root)
 
@@ -188,6 +197,9 @@ class BucketObjects:
                 patiently(self.root, delete)
             except OSError as error:
                 raise SinkError(f"{self.root}: cannot be emptied: {error.strerror or error}") from error
+
+    def sweep(self) -> None:
+        """There is nothing: an upload that does not end leaves no object."""
 
     def free(self) -> int | None:
         return None

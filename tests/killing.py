@@ -47,6 +47,8 @@ class Case:
     fails: str = ""
     """A layer that cannot be converted, in every run."""
     scheduler: str = "threads"
+    store: bool = False
+    """Whether it writes to a Zarr store, of which the same run makes files."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,8 @@ CASES = {
         Case("adapter", (*options_of("nvfp4"), *_LORA)),
         Case("peft adapter, shards", (*options_of("fp8"), *_LORA, "--lora-dialect", "peft", *_SHARDS), True),
         Case("verified", (*options_of("mxfp8"), "--verify", *_SHARDS), True),
+        Case("store", (*options_of("nvfp4"), *_SHARDS), True, store=True),
+        Case("verified store", (*options_of("fp8"), "--verify", *_SHARDS), True, store=True),
     ]
 }
 
@@ -208,9 +212,28 @@ def _convert(arguments: list[str], case: Case, moment: Moment, words: str) -> No
         disk = Disk(moment, PAUSE if clocked else 0.0)
         disk.install()
         try:
-            cli.main(arguments)
+            if case.store:
+                _store(arguments, Path(words))
+            cli.main(_assembling(arguments) if case.store else arguments)
         finally:
             file.write(f"\ncalls {disk.calls}\n")
+
+
+def _store(arguments: list[str], words: Path) -> None:
+    """The conversion, unless an earlier run had finished it."""
+    from quantloom.flow import cli
+
+    try:
+        cli.main(arguments)
+    except SystemExit as ended:
+        sys.stdout.flush()
+        if ended.code and "exists already and is complete" not in " ".join(words.read_text().split()):
+            raise
+
+
+def _assembling(arguments: list[str]) -> list[str]:
+    store = Path(arguments[2])
+    return ["assemble", str(store), f"{store.with_name('out')}/"]
 
 
 # -- in the process that kills -----------------------------------------------------------------------------------------
@@ -280,7 +303,7 @@ class Bench:
         self, source: Path, place: Path, options: tuple[str, ...], moment: Moment = UNDISTURBED,
         strike: Callable[[int], None] = kill,
     ) -> Ended:  # fmt: skip
-        output = place / "out" if self.case.sharded else place / "out.safetensors"
+        output = place / ("out.zarr" if self.case.store else "out" if self.case.sharded else "out.safetensors")
         arguments = ["convert", str(source), str(output), "--quiet", "--workers", "2"]
         arguments += ["--scheduler", self.case.scheduler, *options]
         words = self._folder / "words.txt"
@@ -315,9 +338,9 @@ class Bench:
                 break
         ended = self.run(place)
         found = listing(place)
-        if ended.status and _is_done(ended):  # complete, and killed before the locks went
+        if self.case.store or (ended.status and _is_done(ended)):  # complete, and killed before the locks went
             found = {name: value for name, value in found.items() if not name.endswith(".lock")}
-        elif ended.status:
+        if ended.status and not _is_done(ended):
             outcome.problem = f"the last run failed: {ended.words}"
         if found != self.whole and not outcome.problem:
             names = sorted({*found, *self.whole})
@@ -338,11 +361,13 @@ class Bench:
         return Moment(call=call, torn=chance.random() < 0.5, power=chance.random() < 0.5, seed=seed)
 
     def _phase(self, place: Path) -> str:
-        journals = list(place.rglob("*.journal.jsonl"))
+        journals = sorted([*place.rglob("*.journal.jsonl"), *place.rglob("journal/*.jsonl")])
         if not journals:
             here = {name: value for name, value in listing(place).items() if not name.endswith(".lock")}
+            if self.case.store and any(name.startswith("out/") for name in here):
+                return "assembling"
             return "after the commit" if here == self.whole else "planning"
-        lines = journals[0].read_bytes().splitlines()
+        lines = b"".join(path.read_bytes() for path in journals).splitlines()
         if any(b'{"commit"' in line for line in lines[1:]):
             return "committing"
         if any(place.rglob("*.part.before")):
