@@ -28,7 +28,7 @@ CUDA_TASKS = 6
 """Tasks at a time on one GPU: while some read and write, one computes ..."""
 CUDA_SOLVING_TASKS = 4
 """... and where whole matrices are solved: reading and writing matter less, and threads of one process stand in each
-other's way when they start kernels (benchmarks/README.md, "Tasks at a time on a GPU")."""
+other's way when they start kernels (learned NVFP4, 12 GB, one H200: 1.57 GB/s, and 1.42 with six)."""
 _CUDA_PROCESS_BYTES = 768 << 20
 """Host memory that CUDA's context and libraries take in a worker process, beside interpreter and torch."""
 _SMALLEST_CHUNK = 64 << 10
