@@ -38,7 +38,7 @@ class Target(Protocol):
         """PlanError for a place that cannot have files of these names, or no room for so many bytes."""
 
     def look(self, name: str, count: int) -> tuple[int, bytes] | None:
-        """Size of a file and its first ``count`` bytes; None when it is not there."""
+        """Size of a file and its first ``count`` bytes; None when nothing is there."""
 
     def where(self, name: str) -> str:
         """Path or URL of a file."""
@@ -62,7 +62,8 @@ def named_before(target: Target, expected: Mapping[str, tuple[int, bytes]]) -> s
     found = {name: target.look(name, len(begin)) for name, (_, begin) in expected.items()}
     there = [name for name, what in found.items() if what is not None]
     if len(there) == len(expected) or any(found[name] != expected[name] for name in there):
-        raise PlanError(f"{target.where(there[0])}: exists already; pass --overwrite to replace it, or write elsewhere")
+        first = target.where(there[0])
+        raise PlanError(f"{first}: exists already; pass --overwrite to replace it, or write somewhere else")
     return set(there)
 
 
@@ -78,8 +79,8 @@ class FolderTarget:
     def look(self, name: str, count: int) -> tuple[int, bytes] | None:
         path = self.folder / name
         try:
-            if not os.path.lexists(path):
-                return None
+            if not path.is_file():  # a link to nothing, a pipe: in the way, and like no file
+                return (-1, b"") if os.path.lexists(path) else None
             with path.open("rb") as file:
                 return os.fstat(file.fileno()).st_size, file.read(count)
         except OSError as error:

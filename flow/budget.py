@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 
 from ..formats.errors import PlanError
-from ..stages.matrix import Solve
+from ..stages.matrix import sees_whole
 from ..stages.work import Environment, LayerPlan
 from .devices import gpu_workers
 from .recipe import Run
@@ -28,7 +28,8 @@ CUDA_TASKS = 6
 """Tasks at a time on one GPU: while some read and write, one computes ..."""
 CUDA_SOLVING_TASKS = 4
 """... and where whole matrices are solved: reading and writing matter less, and threads of one process stand in each
-other's way when they start kernels (learned NVFP4, 12 GB, one H200: 1.57 GB/s, and 1.42 with six)."""
+other's way when they start kernels (`benchmarks/scaling.py --gb 12 --gpus 1 --roundings learned`, one H200, from the
+first receipt to the last: 7.6 s, and 8.4 with --tasks 6)."""
 _CUDA_PROCESS_BYTES = 768 << 20
 """Host memory that CUDA's context and libraries take in a worker process, beside interpreter and torch."""
 _SMALLEST_CHUNK = 64 << 10
@@ -124,13 +125,15 @@ def make_budget(layers: Sequence[LayerPlan], run: Run, run_id: str) -> Budget:
     base = psutil.Process().memory_info().rss + _STARTUP_BYTES
     limit = run.memory if run.memory is not None else base + free_memory() // 2
     on_cuda, gpus = run.device.startswith("cuda"), gpu_workers(run)
-    most = run.workers or (_cuda_tasks(layers) if on_cuda else cores())
+    kinds = _one_of_each(layers)
+    cuda_tasks = CUDA_SOLVING_TASKS if any(map(sees_whole, kinds)) else CUDA_TASKS
+    most = run.workers or (cuda_tasks if on_cuda else cores())
     chunk = CPU_CHUNK_BYTES * (min(most, CROWD) if run.scheduler == "threads" else 1)
     environment = Environment(run_id, "cuda" if gpus else run.device, CUDA_CHUNK_BYTES if on_cuda else chunk)
     # A worker process of a local cluster holds what this one holds; that of a GPU has several tasks at a time.
     own = base if run.scheduler == "distributed" and not gpus else 0
     base += (base + _CUDA_PROCESS_BYTES) * len(gpus)
-    each, kinds = max(1, len(gpus)), one_of_each(layers)
+    each = max(1, len(gpus))
     while True:
         hungriest = max(kinds, key=lambda layer: layer.peak_bytes(environment), default=None)
         need = own + (hungriest.peak_bytes(environment) if hungriest else 0)
@@ -156,12 +159,7 @@ def make_budget(layers: Sequence[LayerPlan], run: Run, run_id: str) -> Budget:
     return Budget(limit, base, need, workers, environment, gpus)
 
 
-def _cuda_tasks(layers: Sequence[LayerPlan]) -> int:
-    solving = any(isinstance(step, Solve) for plan in layers for step in plan.steps)
-    return CUDA_SOLVING_TASKS if solving else CUDA_TASKS
-
-
-def one_of_each(layers: Sequence[LayerPlan]) -> list[LayerPlan]:
+def _one_of_each(layers: Sequence[LayerPlan]) -> list[LayerPlan]:
     """A layer of each kind that needs its own memory: 100,000 layers have dozens of shapes, and share their chains."""
     kinds: dict[tuple[Any, ...], LayerPlan] = {}
     for plan in layers:

@@ -14,7 +14,7 @@ from typing import Any
 
 from dask._task_spec import GraphNode, List, Task, TaskRef
 
-from ..stages.matrix import Solve
+from ..stages.matrix import Solve, sees_whole
 from ..stages.scaling import Scale
 from ..stages.work import Environment, LayerPlan, Receipt
 from .chains import apply_scale, combine_amaxes, gather_receipts, make_receipt, part_amax, run_chains, start
@@ -148,7 +148,7 @@ def batches(layers: Sequence[LayerPlan]) -> Iterator[list[LayerPlan]]:
             yield pending
             pending, size = [], 0
         pending.append(plan)
-        size += plan.layer.nbytes * (SLOW if any(isinstance(step, Solve) for step in plan.steps) else 1)
+        size += plan.layer.nbytes * (SLOW if sees_whole(plan) else 1)
     if pending:
         yield pending
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 
 from ..formats.format import ceil_to
-from ..stages.matrix import Solve
+from ..stages.matrix import sees_whole
 from ..stages.reading import Decode
 from ..stages.work import LayerPlan
 
@@ -23,7 +23,7 @@ def split_large(plan: LayerPlan) -> LayerPlan:
     nbytes = plan.layer.nbytes
     if nbytes <= PART_BYTES:
         return plan
-    whole = plan.adapter is not None or any(isinstance(step, Solve) for step in plan.steps)
+    whole = plan.adapter is not None or sees_whole(plan)
     by_rows = plan.format or isinstance(plan.steps[0], Decode)
     if not by_rows or whole:
         return plan

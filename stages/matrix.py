@@ -101,6 +101,11 @@ class Solve:
         return matrices + 24 * groups + self.method.memory((rows, columns), environment.device) + statistics
 
 
+def sees_whole(plan: LayerPlan) -> bool:
+    """Whether one of its steps must have the whole matrix in memory."""
+    return any(isinstance(step, Solve) for step in plan.steps)
+
+
 def until_it_fits(name: str, work: Callable[[int], Result]) -> Result:
     """What ``work`` gives for a split of 1; while a device is out of memory, from the start for twice as much."""
     split = 1

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..formats.record import Record
@@ -159,10 +158,10 @@ class LayerPlan(Record):
 
     def having(self, **changes: Any) -> LayerPlan:
         """``dataclasses.replace``, which checks every field again: plans of 100,000 layers change several times."""
-        values = list(_VALUES(self))
-        for name, value in changes.items():
-            values[_PLACES[name]] = value
-        return LayerPlan(*values)
+        made = object.__new__(LayerPlan)
+        for name in LayerPlan.__slots__:
+            object.__setattr__(made, name, changes[name] if name in changes else getattr(self, name))
+        return made
 
     @property
     def places(self) -> dict[str, Slot]:
@@ -183,10 +182,6 @@ class LayerPlan(Record):
     def peak_bytes(self, environment: Environment) -> int:
         """Working memory of one task of it, at most."""
         return sum(step.memory(self, environment) for step in self.steps)
-
-
-_PLACES = {name: place for place, name in enumerate(LayerPlan.__match_args__)}
-_VALUES = attrgetter(*_PLACES)
 
 
 @dataclass
