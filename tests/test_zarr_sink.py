@@ -509,6 +509,29 @@ def test_what_exists_is_not_assembled_over(stored: Path, tmp_path: Path) -> None
         assemble(str(stored), str(made), overwrite=True)
 
 
+def test_an_assembly_goes_on_with_files_that_have_no_name(stored: Path, tmp_path: Path) -> None:
+    """It was killed while it gave files their names: those are whole, and are left alone."""
+    made = tmp_path / "made"
+    assemble(str(stored), str(made))
+    before = listing(made)
+    first, second, *_ = sorted(made.glob("*.safetensors"))
+    first.unlink()
+    stamp = second.stat().st_mtime_ns
+    assemble(str(stored), str(made))
+    assert listing(made) == before
+    assert second.stat().st_mtime_ns == stamp
+    first.unlink()
+    content = bytearray(second.read_bytes())
+    content[20] ^= 1
+    second.write_bytes(content)
+    with pytest.raises(PlanError, match=rf"{second.name}: exists already; pass --overwrite"):
+        assemble(str(stored), str(made))
+    second.unlink()
+    second.symlink_to("nowhere")
+    with pytest.raises(PlanError, match=rf"{second.name}: exists already; pass --overwrite"):
+        assemble(str(stored), str(made))
+
+
 def test_commands(cli: Callable[..., Ran], tmp_path: Path, sharded: Path) -> None:
     store, made = tmp_path / "out.zarr", tmp_path / "made"
     ran = cli("convert", sharded, store, "--format", "nvfp4", "--quiet")
