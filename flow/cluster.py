@@ -14,6 +14,7 @@ from .budget import Budget
 from .cluster_checks import check_workers
 from .graph import Failure, Graph, Key, LayersOf, Results
 from .local_cluster import local_client, undisturbed
+from .lost_hosts import watched
 from .packed_tasks import pack_tasks, unpack
 from .placement import Placement
 
@@ -40,19 +41,22 @@ def run_distributed(
             client = _connected(distributed, where, stack) if isinstance(where, str) else where
             _wait_for_workers(client)
             check_workers(client, budget, place)
-        keys = list(layers_of)
+        hosts = _hosts(client, layers_of, place)
         _log.info("workers are ready")
-        futures = _submitted(client, graph, layers_of, place)
+        futures = _submitted(client, graph, list(layers_of), hosts)
         try:
-            key_of = {future.key: key for future, key in zip(futures, keys, strict=True)}
+            key_of = {future.key: key for future, key in zip(futures, layers_of, strict=True)}
             waiting = distributed.as_completed(futures, loop=client.loop, with_results=True, raise_errors=False)
-            for future, found in waiting:
-                if future.status == "error":
-                    yield key_of[future.key], Failure(_explained(distributed, future.exception()))
-                elif isinstance(found, BaseException):
-                    raise found
-                else:
-                    yield key_of[future.key], unpack(found)
+            with watched(client, _by_host(futures, key_of, hosts)) as lost:
+                for future, found in waiting:
+                    if future.key in lost and future.cancelled():
+                        yield key_of[future.key], Failure(_host_lost(lost[future.key]))
+                    elif future.status == "error":
+                        yield key_of[future.key], Failure(_explained(distributed, future.exception()))
+                    elif isinstance(found, BaseException):
+                        raise found
+                    else:
+                        yield key_of[future.key], unpack(found)
         except BaseException as error:
             if isinstance(error, _cancellations(distributed)):  # nobody is there who could be asked to stop
                 why = next(iter(str(error).splitlines()), type(error).__name__)
@@ -71,21 +75,43 @@ def _explained(distributed: Any, error: Exception) -> Exception:
     return error
 
 
-def _submitted(client: Any, graph: Graph, layers_of: LayersOf, place: Placement) -> list[Any]:
-    """Futures of all tasks; where files must be written exclusively, each host gets the tasks of its files."""
+def _host_lost(host: str) -> WorkerError:
+    """Why a task that one machine alone might run did not: its layers are tried again, on those that are left."""
+    error = WorkerError(f"machine {host} left the cluster before its tasks were done")
+    error.transient = True
+    return error
+
+
+def _hosts(client: Any, layers_of: LayersOf, place: Placement) -> dict[Key, list[str]]:
+    """By key, the machine that alone may run it, where files must be written exclusively."""
+    if place.writes == "shared":
+        return {}
+    threads: dict[str, int] = {}
+    for worker in client.scheduler_info(n_workers=-1)["workers"].values():
+        threads[worker["host"]] = threads.get(worker["host"], 0) + worker["nthreads"]
+    return place.hosts(threads, layers_of)
+
+
+def _by_host(futures: list[Any], key_of: dict[Any, Key], hosts: dict[Key, list[str]]) -> dict[str, list[Any]]:
+    found: dict[str, list[Any]] = {}
+    for future in futures:
+        for host in hosts.get(key_of[future.key], ()):
+            found.setdefault(host, []).append(future)
+    return found
+
+
+def _submitted(client: Any, graph: Graph, keys: list[Key], hosts: dict[Key, list[str]]) -> list[Any]:
+    """Futures of all tasks."""
     import dask
     from dask.highlevelgraph import HighLevelGraph, MaterializedLayer
 
-    annotations: dict[str, Any] = {"priority": _priorities(graph, list(layers_of)).get}
-    if place.writes == "exclusive":
-        threads: dict[str, int] = {}
-        for worker in client.scheduler_info(n_workers=-1)["workers"].values():
-            threads[worker["host"]] = threads.get(worker["host"], 0) + worker["nthreads"]
-        annotations["workers"] = place.hosts(threads, layers_of).get
+    annotations: dict[str, Any] = {"priority": _priorities(graph, keys).get}
+    if hosts:
+        annotations["workers"] = hosts.get
     layer = MaterializedLayer(pack_tasks(graph), annotations=annotations)
     # Tasks carry the plans of their layers, a few kilobytes each: more than Dask expects, and no data.
     with dask.config.set({"distributed.admin.large-graph-warning-threshold": "1GB"}):
-        return list(client.get(HighLevelGraph({"quantloom": layer}, {"quantloom": set()}), list(layers_of), sync=False))
+        return list(client.get(HighLevelGraph({"quantloom": layer}, {"quantloom": set()}), keys, sync=False))
 
 
 def _priorities(graph: Graph, keys: list[Key]) -> dict[Key, int]:

@@ -9,9 +9,10 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import torch
 from checkpoints import environment, make_tensors, write_file
 
 from quantloom import Pipeline
-from quantloom.flow import cluster, cluster_checks, graph, packed_tasks, worker_look
+from quantloom.flow import cluster, cluster_checks, graph, lost_hosts, packed_tasks, recovery, worker_look
 from quantloom.flow.execute import run_plan
 from quantloom.flow.graph import batches, submission
 from quantloom.flow.placement import Placement, assign
@@ -245,6 +246,23 @@ def test_groups_share_no_file(tmp_path: Path) -> None:
 
 
 
+@contextlib.contextmanager
+def machines() -> Iterator[tuple[Any, Any]]:
+    """Two workers, 1 and 2, that claim to be two machines, and a client."""
+    workers = {number: {"cls": distributed.Worker, "options": worker_on(number)} for number in (1, 2)}
+    manager = {"cls": distributed.Scheduler, "options": {"host": "127.0.0.1", "port": 0, "dashboard": False}}
+    with (
+        dask.config.set({"distributed.comm.timeouts.connect": "3s"}),  # for results of a worker that has just gone
+        distributed.SpecCluster(workers=workers, scheduler=manager) as two,
+        distributed.Client(two, set_as_default=False) as client,
+    ):
+        yield two, client
+
+
+def worker_on(number: int) -> dict[str, Any]:
+    return {"nthreads": 1, "memory_limit": None, "dashboard": False, "host": f"127.0.0.{number}"}
+
+
 def test_each_file_is_written_by_one_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two workers that claim to be two machines; what each wrote is noted by the writers themselves."""
     from quantloom.formats.fileio import Writer
@@ -263,15 +281,7 @@ def test_each_file_is_written_by_one_machine(tmp_path: Path, monkeypatch: pytest
         write(self, buffer, offset)
 
     monkeypatch.setattr(Writer, "write", noted)
-    options = {"nthreads": 1, "memory_limit": None, "dashboard": False}
-    workers = {
-        number: {"cls": distributed.Worker, "options": {**options, "host": f"127.0.0.{number}"}} for number in (1, 2)
-    }
-    manager = {"cls": distributed.Scheduler, "options": {"host": "127.0.0.1", "port": 0, "dashboard": False}}
-    with (
-        distributed.SpecCluster(workers=workers, scheduler=manager) as two,
-        distributed.Client(two, set_as_default=False) as client,
-    ):
+    with machines() as (_, client):
         again = Pipeline(writes="exclusive").read(made.recipe.source).quantize("fp8")
         again.write(tmp_path / "out", shard_size=60_000, overwrite=True, compute=False).compute(client)
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
@@ -280,13 +290,91 @@ def test_each_file_is_written_by_one_machine(tmp_path: Path, monkeypatch: pytest
     assert all(len(hosts) == 1 for hosts in wrote.values()), wrote
 
 
+@dataclasses.dataclass
+class AtFirst:
+    """Does something when the first task is done, and remembers how many layers each task finished."""
+
+    what: Callable[[], Any]
+    finished: list[int] = dataclasses.field(default_factory=list)
+
+    def start(self, plan: Any, budget: Any) -> None: ...
+
+    def advance(self, receipts: Any) -> None:
+        if not self.finished:
+            self.what()
+        self.finished.append(len(receipts))
+
+    def stop(self) -> None: ...
+
+
+def test_files_of_a_machine_that_is_gone_go_to_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                       caplog: Any) -> None:  # fmt: skip
+    monkeypatch.setattr(graph, "BATCH_BYTES", 1)
+    monkeypatch.setattr(lost_hosts, "LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(lost_hosts, "GRACE_SECONDS", 0.3)
+    monkeypatch.setattr(recovery, "PAUSE", 0.0)
+    caplog.set_level("INFO")
+    made = shards(tmp_path)
+    run_plan(made.plan)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    again = Pipeline(writes="exclusive").read(made.recipe.source).quantize("fp8")
+    with machines() as (two, client):
+        watcher = AtFirst(lambda: two.sync(two.workers[2].close))
+        plan = again.write(tmp_path / "out", shard_size=60_000, overwrite=True, compute=False)
+        plan.compute(client, watcher)
+        assert [worker["host"] for worker in client.scheduler_info()["workers"].values()] == ["127.0.0.1"]
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    assert "machine 127.0.0.2 has no worker: waiting 0 s for one" in caplog.text
+    assert "machine 127.0.0.2 left the cluster before its tasks were done" in caplog.text
+    assert sum(watcher.finished) == len(made.plan.layers)
+
+
+@pytest.mark.parametrize("writes", ["shared", "exclusive"])
+def test_a_cluster_without_workers_is_waited_for(writes: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                 caplog: Any) -> None:  # fmt: skip
+    """Machines that come back later than the grace, all of them having been away, lose nothing."""
+    monkeypatch.setattr(graph, "BATCH_BYTES", 1)
+    monkeypatch.setattr(lost_hosts, "LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(lost_hosts, "GRACE_SECONDS", 0.1)
+    made = shards(tmp_path, writes)
+    came: list[Any] = []
+
+    def lose_all() -> None:
+        for number in (1, 2):
+            two.sync(two.workers[number].close)
+        threading.Thread(target=come_back, daemon=True).start()
+
+    def come_back() -> None:
+        deadline = time.monotonic() + 20
+        while "the cluster has no worker: waiting for one" not in caplog.text and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(0.5)
+        for number in (1, 2):
+            came.append(two.sync(start, number))
+
+    async def start(number: int) -> Any:
+        return await distributed.Worker(two.scheduler_address, **worker_on(number))
+
+    with machines() as (two, client):
+        made.compute(client, AtFirst(lose_all))
+        for worker in came:
+            two.sync(worker.close)
+    assert len(came) == 2
+    assert "the cluster has no worker: waiting for one" in caplog.text
+    whole = Pipeline().read(made.recipe.source).quantize("fp8")
+    whole.write(tmp_path / "whole", shard_size=60_000)
+    found, expected = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("out", "whole")
+    )
+    assert found == expected
+
+
 def test_fewer_files_than_machines_are_warned_of(client: Any, source: Path, tmp_path: Path,
                                                  monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:  # fmt: skip
     monkeypatch.setattr(type(client), "scheduler_info", lambda *_, **__: {
         "workers": {number: {"host": host, "nthreads": 1} for number, host in enumerate(("a", "b"))}})  # fmt: skip
-    monkeypatch.setattr(type(client), "get", lambda *_, **__: [])
     place = Placement(flow(source, tmp_path / "o.safetensors").plan.layers, "exclusive")
-    assert cluster._submitted(client, {}, {}, place) == []
+    assert cluster._hosts(client, {}, place) == {}
     assert "only 1 of 2 machines will work" in caplog.text
 
 
