@@ -405,8 +405,8 @@ class ByHand:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         with socket.create_server(("127.0.0.1", 0)) as free:
-            self._port = free.getsockname()[1]
-        self.address = f"tcp://127.0.0.1:{self._port}"
+            self.port = free.getsockname()[1]
+        self.address = f"tcp://127.0.0.1:{self.port}"
         self.scheduler: subprocess.Popen[bytes] | None = None
         self.nannies: list[subprocess.Popen[bytes]] = []
 
@@ -418,13 +418,20 @@ class ByHand:
         self.stop()
 
     def start(self) -> None:
-        self.scheduler = self._start("scheduler", "--host", "127.0.0.1", "--port", str(self._port))
+        self.scheduler = self._start("scheduler", "--host", "127.0.0.1", "--port", str(self.port))
         self.add_worker()
         self.add_worker()
 
     def add_worker(self) -> None:
         self.nannies.append(self._start("worker", self.address, "--nthreads", "1", "--local-directory",
                                         str(self._folder)))  # fmt: skip
+
+    def wait_for_workers(self) -> None:
+        """Until every nanny has its worker; AssertionError when that takes more than a minute."""
+        deadline = time.monotonic() + 60
+        while not all(workers_of(nanny.pid) for nanny in self.nannies):
+            assert time.monotonic() < deadline, "no workers came"
+            time.sleep(0.05)
 
     def _start(self, *words: str) -> subprocess.Popen[bytes]:
         with (self._folder / "dask.txt").open("ab") as log:

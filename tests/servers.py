@@ -1,8 +1,10 @@
-"""Servers on 127.0.0.1 for tests of remote checkpoints: HTTP that counts, delays, fails and lies, and S3 (moto)."""
+"""Servers on 127.0.0.1: HTTP that counts, delays, fails and lies, S3 (moto), and a line between two that can be cut."""
 
 from __future__ import annotations
 
+import contextlib
 import re
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -149,3 +151,38 @@ def object_store(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, Any]]:
         yield values["AWS_ENDPOINT_URL"], client
     finally:
         server.stop()
+
+
+class Line:
+    """Passes every connection on to a port, until it is cut."""
+
+    def __init__(self, port: int) -> None:
+        self._to = port
+        self._door = socket.create_server(("127.0.0.1", 0))
+        self.port = self._door.getsockname()[1]
+        self._ends: list[socket.socket] = []
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                near, _ = self._door.accept()
+                far = socket.create_connection(("127.0.0.1", self._to))
+                self._ends += [near, far]
+                for one, other in ((near, far), (far, near)):
+                    threading.Thread(target=self._pass_on, args=(one, other), daemon=True).start()
+
+    def _pass_on(self, one: socket.socket, other: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while content := one.recv(1 << 16):
+                other.sendall(content)
+        for end in (one, other):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def cut(self) -> None:
+        """Ends all connections, and takes no more."""
+        for end in (self._door, *self._ends):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+            end.close()

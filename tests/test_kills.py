@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from checkpoints import FORMATS, listing
 from killing import CASES, Bench, ByHand, Case, Moment, kill, options_of, shown, workers_of
+from servers import Line
 
 from quantloom import Pipeline
 from quantloom.flow import part_files, sink
@@ -168,4 +172,55 @@ def test_a_cluster_by_hand(victim: str, bench: Bench, by_hand: ByHand) -> None:
             by_hand.start()
             ended = bench.run(place, scheduler=by_hand.address)
         assert ended.status == 0, ended.words
+    assert listing(place) == bench.whole
+
+
+@contextlib.contextmanager
+def frozen(pids: list[int], seconds: float) -> Iterator[Callable[[int], None]]:
+    """What stops these processes when it is called, so that they go on after some time."""
+    wakers: list[threading.Timer] = []
+
+    def wake() -> None:
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
+
+    def freeze(_: int) -> None:
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        wakers.append(threading.Timer(seconds, wake))
+        wakers[-1].start()
+
+    yield freeze
+    assert wakers, "nothing was frozen"
+    for waker in wakers:
+        waker.join()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("who", ["scheduler", "workers"])
+def test_a_cluster_that_is_frozen_for_a_while(who: str, bench: Bench, by_hand: ByHand) -> None:
+    """A machine that swaps, or is suspended, costs its time alone."""
+    place = bench.place(f"frozen {who}")
+    assert by_hand.scheduler is not None
+    by_hand.wait_for_workers()
+    pids = [by_hand.scheduler.pid] if who == "scheduler" else [workers_of(each.pid)[0] for each in by_hand.nannies]
+    with frozen(pids, 4) as freeze:
+        ended = bench.run(place, Moment(lines=2), by_hand.address, freeze)
+    assert ended.status == 0, ended.words
+    assert listing(place) == bench.whole
+
+
+@pytest.mark.slow
+def test_the_line_to_the_scheduler_is_cut(bench: Bench, by_hand: ByHand) -> None:
+    """The cluster lives, only this client does not reach it any more."""
+    place, line = bench.place("cut"), Line(by_hand.port)
+    ended = bench.run(place, Moment(lines=2), f"tcp://127.0.0.1:{line.port}", lambda _: line.cut())
+    assert ended.status == 1
+    told = " ".join(ended.words.split())
+    assert "the Dask scheduler went away" in told
+    assert "run the same command again to continue" in told
+    assert "Traceback" not in told
+    assert any(name.endswith(".part") for name in listing(place))
+    ended = bench.run(place, scheduler=by_hand.address)
+    assert ended.status == 0, ended.words
     assert listing(place) == bench.whole
