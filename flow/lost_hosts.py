@@ -39,9 +39,8 @@ def _watch(client: Any, futures_of: Mapping[str, Sequence[Any]], lost: dict[Any,
     seen = dict.fromkeys(futures_of, time.monotonic())
     missed: set[str] = set()
     while not over.wait(LOOK_SECONDS):
-        try:
-            there = {worker["host"] for worker in client.scheduler_info(n_workers=-1)["workers"].values()}
-        except Exception:  # whoever waits for results hears of it
+        there = _machines(client)
+        if there is None:
             continue
         now = time.monotonic()
         seen |= dict.fromkeys(there or futures_of, now)
@@ -59,3 +58,10 @@ def _watch(client: Any, futures_of: Mapping[str, Sequence[Any]], lost: dict[Any,
                 lost |= {future.key: host for future in left[host]}
                 with contextlib.suppress(Exception):
                     client.cancel(left[host])
+
+
+def _machines(client: Any) -> set[str] | None:
+    """Those that have workers; None when the scheduler cannot be asked: whoever waits for results hears of it."""
+    with contextlib.suppress(Exception):
+        return {worker["host"] for worker in client.scheduler_info(n_workers=-1)["workers"].values()}
+    return None

@@ -76,4 +76,6 @@ def _number(value: Any) -> int:
 def _real(value: Any) -> float:
     if not isinstance(value, float | int) or isinstance(value, bool):
         raise TypeError(f"{type(value).__name__} where a number belongs")
+    if value < 0:
+        raise ValueError("no time, norm or sum of squares is negative")
     return float(value)

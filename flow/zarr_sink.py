@@ -14,21 +14,22 @@ from .. import __version__
 from ..formats.checksums import Piece, covers
 from ..formats.errors import CheckpointError, PlanError, QuantloomError, SinkError, listed
 from ..formats.objects import Objects, objects_at
-from ..formats.output_store import close_store, create_store, table_of
+from ..formats.output_store import close_store, describe_store, table_of
 from ..formats.shards import STORE_SUFFIX
 from ..formats.store_table import Table, is_own, read_table, write_table
 from ..formats.urls import is_url
-from ..formats.zarr_store import ArrayWriter, broken_chunks, chunk_bytes
-from ..stages.work import LayerPlan, Receipt
+from ..formats.zarr_store import chunk_bytes
+from ..stages.work import Receipt
 from .checksums import checksums_of
 from .commit import check_unchanged, hold, may_continue
 from .output_files import log_of
 from .part_files import sidecar_content
 from .plan import Plan
-from .resume import differences, earlier_run, finished, peek
-from .run_journal import again_line, head_of, lines_of, read_record
+from .resume import differences, earlier_run, peek
+from .run_journal import head_of, lines_of, read_record
 from .session import Session
 from .sizes import show_size
+from .store_resume import Look, still_finished, write_constants
 
 
 def check_output(plan: Plan) -> None:
@@ -135,15 +136,16 @@ def _begin(plan: Plan, objects: Objects) -> tuple[Table, Session]:
             raise PlanError(f"{objects.root}: its table is not that of this plan; delete it, or write somewhere else")
         record = earlier_run(plan, log)
         if found is not None and record is not None:
-            return table, _continue(plan, objects, record.receipts)
+            look = Look(objects, None if plan.recipe.run.verify else set(objects.find()))
+            kept, bad = still_finished(plan, record.receipts, look)
+            describe_store(objects, files, plan.shards, chunks, look.present)
+            write_constants(plan.layers, look)
+            session = Session(plan, log, _are_durable, kept)
+            session.notes += [f"an earlier run is continued: {session.standing}", *bad]
+            return table, session
     objects.remove(key for key in objects.find() if is_own(key))
-    create_store(objects, table, files, plan.shards, chunks)
-    for layer in plan.layers:
-        if layer.constants:
-            slots, writer = layer.places, ArrayWriter(layer.parts)
-            for name, content in layer.known.items():
-                writer.write(slots[name], 0, memoryview(content))
-            writer.finish()
+    describe_store(objects, files, plan.shards, chunks, ())
+    write_constants(plan.layers, Look(objects, ()))
     log.append(lines_of([head_of(plan)]))
     write_table(objects, table)
     return table, Session(plan, log, _are_durable)
@@ -151,34 +153,6 @@ def _begin(plan: Plan, objects: Objects) -> tuple[Table, Session]:
 
 def _are_durable(_receipts: Iterable[Receipt]) -> None:
     """Every object is, once it is written."""
-
-
-def _continue(plan: Plan, objects: Objects, receipts: Sequence[Receipt]) -> Session:
-    """Goes on with layers whose chunks are not all there, or not what they were where the recipe asks to verify."""
-    done = finished(plan, receipts, ())
-    names = {receipt.name for receipt in done}
-    layers = [layer for layer in plan.layers if layer.layer.name in names]
-    content = plan.recipe.run.verify
-    present = set() if content else set(objects.find())
-    bad = {
-        layer.layer.name: wrong for layer in layers
-        if (wrong := broken_chunks(objects, layer.slots, layer.parts, None if content else present))
-    }  # fmt: skip
-    again = {name for layer in layers for name in _solved_with(layer) if _solved_with(layer) & bad.keys()}
-    kept = [receipt for receipt in done if receipt.name not in again]
-    log = log_of(plan)
-    if gone := {receipt.name for receipt in receipts} - (names - again):  # before any of it is written over
-        log.append(again_line(sorted(gone)))
-    session = Session(plan, log, _are_durable, kept)
-    session.notes += [
-        f"an earlier run is continued: {session.standing}",
-        *(f"{name}: {wrong}: done again" for name, wrong in bad.items()),
-    ]
-    return session
-
-
-def _solved_with(layer: LayerPlan) -> set[str]:
-    return {layer.layer.name, *(name for name, _ in layer.together)}
 
 
 def _stop(session: Session, objects: Objects, error: BaseException) -> None:

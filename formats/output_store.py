@@ -7,7 +7,7 @@ tensors in the order of the plan, then configuration and tokenizer files; ``chec
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -74,28 +74,28 @@ def table_of(plan: str, program: str, split: bool, shards: Sequence[Shard], chun
         places = {slot.name: place for place, slot in enumerate(_by_bytes(shard))}
         rows = [[places[slot.name], chunks[slot.name]] for slot in shard.slots]
         sizes = json.dumps(rows, separators=(",", ":")).encode()
-        name = shard.path.replace("\\", "/").rpartition("/")[2]
-        entries.append(ShardEntry(name, shard.size, len(shard.head), len(sizes)))
+        entries.append(ShardEntry(shard.name, shard.size, len(shard.head), len(sizes)))
         content += [shard.head, sizes]
     files = tuple(SidecarEntry(name, len(data)) for name, data in sidecars.items())
     return Table(plan, program, split, tuple(entries), files), b"".join([*content, *sidecars.values()])
 
 
-def create_store(
-    objects: Objects, table: Table, files: bytes, shards: Sequence[Shard], chunks: Mapping[str, int]
+def describe_store(
+    objects: Objects, files: bytes, shards: Sequence[Shard], chunks: Mapping[str, int], present: Collection[str] | None
 ) -> None:
-    """Everything but the tensors' bytes, and but the table, whose presence says that all of this is there."""
+    """Everything but the tensors' bytes, and but the table, whose presence says that all of this is there. What has its
+    key among those ``present`` is not written again; without these keys, all is."""
 
     def documents() -> Iterator[tuple[str, bytes]]:
         for number, shard in enumerate(shards, 1):
-            yield f"{number}/{METADATA}", group_document({"file": table.shards[number - 1].name})
+            yield f"{number}/{METADATA}", group_document({"file": shard.name})
             for slot in shard.slots:
                 if slot.nbytes:
                     about = {"name": slot.name, "dtype": slot.dtype, "shape": list(slot.shape)}
                     key = f"{array_key(number, slot.start)}/{METADATA}"
                     yield key, array_document(slot.nbytes, chunks[slot.name], about)
 
-    write_all(objects, documents())
+    write_all(objects, ((key, content) for key, content in documents() if present is None or key not in present))
     _write_array(objects, _FILES, files)
 
 

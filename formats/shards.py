@@ -30,6 +30,11 @@ class Shard:
     """``__metadata__``, which the files of a model share but for entries of their own."""
 
     @property
+    def name(self) -> str:
+        """File name."""
+        return self.path.replace("\\", "/").rpartition("/")[2]
+
+    @property
     def texts(self) -> Texts:
         """``__metadata__`` as JSON, in pieces; made when asked for."""
         return self.metadata.of(self.slots)

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from functools import cache
 from typing import Any
 
 import google_crc32c
 import numpy as np
 
+from .checksums import Comparing, Piece
 from .errors import CheckpointError, SinkError
 from .objects import Objects, objects_at
 from .shards import SUFFIX
@@ -40,7 +41,7 @@ def in_store(slot: Slot) -> bool:
     return not slot.path.endswith(SUFFIX)
 
 
-def array_key(shard: int, start: int) -> str:
+def array_key(shard: int | str, start: int) -> str:
     """Key of the array of a tensor: number of its shard, from 1 on, and the tensor's first byte in it."""
     return f"{shard}/{start}"
 
@@ -148,7 +149,7 @@ class ArrayWriter:
                 self._open[(*place, number)] = whole, filled
             else:
                 root, _, shard = slot.path.rpartition("/")
-                write_chunk(self._at(root), f"{shard}/{slot.start}", number, whole)
+                write_chunk(self._at(root), array_key(shard, slot.start), number, whole)
             offset, content = offset + len(piece), content[len(piece) :]
 
     def finish(self, _sync: bool = True) -> None:
@@ -163,21 +164,34 @@ class ArrayWriter:
         return self._objects[root]
 
 
-def broken_chunks(objects: Objects, slots: Sequence[Slot], parts: Parts, present: Collection[str] | None) -> str:
-    """What is wrong with the first chunk that is not among the keys ``present``, or, without these, not as it was
-    written; empty when all are there."""
+def missing_chunk(slots: Sequence[Slot], parts: Parts, present: Collection[str]) -> str:
+    """The first chunk of these tensors that is not among the keys ``present``, in words; empty when all are there."""
     for slot in slots:
-        array, size = f"{slot.path.rpartition('/')[2]}/{slot.start}", chunk_bytes(slot, parts)
-        for number in range(-(-slot.nbytes // size)):
-            if present is not None:
-                if f"{array}/c/{number}" not in present:
-                    return f"chunk {number} of {slot.name} is missing"
-                continue
-            try:
-                read_chunk(objects, array, number, size)
-            except CheckpointError as error:
-                return f"chunk {number} of {slot.name} {error}"
+        for number in range(_count(slot, parts)):
+            if f"{_array_of(slot)}/c/{number}" not in present:
+                return f"chunk {number} of {slot.name} is missing"
     return ""
+
+
+def changed_chunk(objects: Objects, slot: Slot, parts: Parts, pieces: Iterable[Piece]) -> str:
+    """The first chunk of a tensor that is not what was written, by its own checksum or those of the ``pieces`` that
+    make up the tensor, in words; empty when all are."""
+    size, comparing = chunk_bytes(slot, parts), Comparing(sorted(pieces, key=lambda piece: piece.start))
+    for number in range(_count(slot, parts)):
+        try:
+            whole = read_chunk(objects, _array_of(slot), number, size)
+            comparing.add(whole[: chunk_length(slot.nbytes, size, number)])
+        except (CheckpointError, ValueError) as error:
+            return f"chunk {number} of {slot.name}: {error}"
+    return ""
+
+
+def _array_of(slot: Slot) -> str:
+    return array_key(slot.path.rpartition("/")[2], slot.start)
+
+
+def _count(slot: Slot, parts: Parts) -> int:
+    return -(-slot.nbytes // chunk_bytes(slot, parts))
 
 
 def writing_bytes(slots: Sequence[Slot], parts: Parts) -> int:

@@ -21,6 +21,7 @@ from quantloom import Flow, Pipeline
 from quantloom.flow import graph, parts, zarr_sink
 from quantloom.flow.assemble import assemble
 from quantloom.flow.commit import check_unchanged
+from quantloom.flow.execute import Silent
 from quantloom.flow.store_log import StoreLog
 from quantloom.formats import output_store, zarr_store
 from quantloom.formats.errors import CheckpointError, NonFiniteError, PlanError, QuantloomError, SinkError, UsageError
@@ -30,6 +31,7 @@ from quantloom.formats.source import Source
 from quantloom.formats.store_table import ENTRY, read_table, write_table
 from quantloom.formats.tensors import Slot, TensorSpec
 from quantloom.formats.zarr_store import ArrayWriter, chunk_bytes, read_chunk, write_chunk, writing_bytes
+from quantloom.stages.work import Receipt
 
 
 @pytest.fixture
@@ -396,10 +398,10 @@ def test_finished_layers_are_not_done_again(
         chunk.unlink()
     if damage == "changed":
         chunk.write_bytes(bytes(chunk.stat().st_size))
-    done = []
-    whole = ArrayWriter.finish
-    monkeypatch.setattr(ArrayWriter, "finish", lambda self, sync=True: (done.append(1), whole(self, sync)))
-    report = fresh.compute()
+    done: list[Receipt] = []
+    watcher = Silent()
+    monkeypatch.setattr(watcher, "advance", done.extend)
+    report = fresh.compute(progress=watcher)
     redone = damage != "none"
     assert len(done) == len(fresh.plan.layers) - len(finished) + redone
     assert any("an earlier run is continued" in note for note in report.notes)
@@ -407,6 +409,47 @@ def test_finished_layers_are_not_done_again(
     assemble(str(store), str(tmp_path / "made"))
     assert listing(tmp_path / "made") == listing(tmp_path / "direct")
     assert not (store / "journal" / "00000001.jsonl").exists()
+
+
+@pytest.mark.parametrize("what", ["files/c/0", "files/zarr.json", "1/zarr.json", "an array", "a constant"])
+@pytest.mark.parametrize("verify", [False, True])
+def test_what_describes_a_store_is_written_again(
+    verify: bool, what: str, one_by_one: Flow, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lost; or, for who asks to verify, changed."""
+    interrupted(one_by_one, monkeypatch, after=20)
+    store = tmp_path / "out.zarr"
+    constant = next(
+        slot for plan in one_by_one.plan.layers for slot in plan.slots if slot.name in plan.known and slot.nbytes
+    )
+    array = f"{constant.path.rpartition('/')[2]}/{constant.start}"
+    path = store / {"an array": f"{array}/zarr.json", "a constant": f"{array}/c/0"}.get(what, what)
+    before = path.read_bytes()
+    if verify:
+        path.write_bytes(bytes(len(before)))
+    else:
+        path.unlink()
+    Flow(replace(one_by_one.recipe, run=replace(one_by_one.recipe.run, verify=verify))).compute()
+    assert path.read_bytes() == before
+    assemble(str(store), str(tmp_path / "made"))
+    assert listing(tmp_path / "made") == listing(tmp_path / "direct")
+
+
+def test_verify_finds_a_chunk_of_another_tensor(
+    one_by_one: Flow, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own checksum is right: what tasks reported is not."""
+    interrupted(one_by_one, monkeypatch, after=20)
+    chunks = sorted((tmp_path / "out.zarr").glob("1/*/c/*"), key=lambda path: path.stat().st_size)
+    one, other = chunks[-2:]
+    assert len(one.read_bytes()) == len(other.read_bytes())
+    assert one.read_bytes() != other.read_bytes()
+    one.write_bytes(other.read_bytes())
+    looking = Flow(replace(one_by_one.recipe, run=replace(one_by_one.recipe.run, verify=True)))
+    report = looking.compute()
+    assert any("was written: done again" in note for note in report.notes)
+    assemble(str(tmp_path / "out.zarr"), str(tmp_path / "made"))
+    assert listing(tmp_path / "made") == listing(tmp_path / "direct")
 
 
 def test_what_verify_found_is_not_forgotten(
