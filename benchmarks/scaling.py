@@ -2,12 +2,18 @@
 
     python benchmarks/scaling.py --gb 24 --gpus 1,2,4 --folder /dev/shm --json scaling.json
     python benchmarks/scaling.py --gb 0.05 --device cpu --workers 1,2        # on any machine
+    python benchmarks/scaling.py --gb 24 --gpus 1,2,4 --apart                # GPUs that share nothing but the host
 
 The checkpoint (layers like Flux's: 3072 x 3072 to 12288 x 3072, BF16) is made once in ``--folder`` and stays there
 with --keep. Each conversion is a process of its own that sees so many GPUs by CUDA_VISIBLE_DEVICES. Work begins when
-the worker processes are there (one GPU needs none) and ends with the commit. The storage rate is that of the same
+the worker processes are there (one GPU needs none) and ends with the commit; steady is what lies between the first
+receipt and the last. The storage rate is that of the same
 folder: as many bytes as the output has are written and synced, and the source is read, by as many threads as
 ``--threads``. A run that would begin after ``--seconds`` is left out.
+
+With ``--apart`` so many conversions of one GPU each run at once, each of its share of the bytes: what they lose against
+one alone is the host's doing, not that of a run on several. ``--scheduler distributed`` gives one GPU a worker process,
+too.
 """
 
 from __future__ import annotations
@@ -182,50 +188,80 @@ def smi(query: str) -> list[list[str]]:
     return [row for row in rows if all(word.replace(".", "").isdigit() for word in row)]
 
 
-def convert(source: Path, output: Path, rounding: str, count: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    """One conversion in a process of its own."""
-    on_gpu = arguments.device != "cpu"
-    run: dict[str, Any] = {"device": "cuda"} if on_gpu else {"workers": count, "scheduler": "distributed"}
-    if on_gpu and arguments.tasks:
-        run["workers"] = arguments.tasks
-    if arguments.memory:
-        run["memory"] = arguments.memory
+def options(count: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Of the pipeline, for so many GPUs or workers."""
+    run: dict[str, Any] = {"workers": count, "scheduler": "distributed"}
+    if arguments.device != "cpu":
+        run = {"device": "cuda"} | ({"workers": arguments.tasks} if arguments.tasks else {})
+        run |= {"scheduler": arguments.scheduler} if arguments.scheduler else {}
+    return run | ({"memory": arguments.memory} if arguments.memory else {})
+
+
+def begin(source: Path, output: Path, rounding: str, run: dict[str, Any], gpus: list[int],
+          arguments: argparse.Namespace) -> subprocess.Popen[str]:  # fmt: skip
+    """One conversion in a process of its own, which sees these GPUs."""
     environment = dict(os.environ)
-    if on_gpu:
+    if arguments.device != "cpu":
         outer = os.environ.get("CUDA_VISIBLE_DEVICES")
-        names = outer.split(",") if outer else [str(index) for index in range(count)]
-        environment["CUDA_VISIBLE_DEVICES"] = ",".join(names[:count])
+        names = outer.split(",") if outer else [str(index) for index in range(max(gpus) + 1)]
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(names[index] for index in gpus)
     script = output.with_name("child.py")
     script.write_text(CHILD)
     given = json.dumps([str(source), str(output), rounding, run, arguments.shard_size])
-    began = time.perf_counter()
-    process = subprocess.Popen(
-        [sys.executable, str(script), given], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    sampler = Sampler(process.pid, count if on_gpu else 0)
-    sampler.start()
+    words = [sys.executable, str(script), given]
+    return subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def told_by(process: subprocess.Popen[str]) -> dict[str, float]:
     printed, problems = process.communicate()
-    sampled = sampler.result()
     if process.returncode:
-        raise SystemExit(f"{rounding} on {count}: {problems[-2000:]}")
-    told = json.loads(printed.splitlines()[-1])
+        raise SystemExit(problems[-2000:])
+    told: dict[str, float] = json.loads(printed.splitlines()[-1])
+    return told
+
+
+def convert(source: Path, output: Path, rounding: str, count: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    """One conversion on so many, or with ``--apart`` so many of one each, of which the slowest counts."""
+    began = time.perf_counter()
+    if arguments.apart:
+        outputs = [output.with_name(f"{number}-{output.name}") for number in range(count)]
+        run = options(1, arguments)
+        running = [begin(source, each, rounding, run, [number], arguments) for number, each in enumerate(outputs)]
+    else:
+        outputs, run = [output], options(count, arguments)
+        running = [begin(source, output, rounding, run, list(range(count)), arguments)]
+    samplers = [Sampler(process.pid, 0 if arguments.device == "cpu" or number else count)
+                for number, process in enumerate(running)]  # fmt: skip
+    for sampler in samplers:
+        sampler.start()
+    told = [told_by(process) for process in running]
+    sampled = [sampler.result() for sampler in samplers]
+    slowest = {key: max(each[key] for each in told) for key in told[0]}
+    digests = {digest(each) for each in outputs}
+    for each in outputs:
+        each.unlink() if each.is_file() else shutil.rmtree(each)
     return {"rounding": rounding, "count": count, "process_seconds": round(time.perf_counter() - began, 3),
-            "seconds": told["seconds"], "work": round(told["work"], 3),
-            "first_receipt": round(told["first"], 3), "last_receipt": round(told["last"], 3), **sampled}  # fmt: skip
+            "seconds": slowest["seconds"], "work": round(slowest["work"], 3),
+            "first_receipt": round(slowest["first"], 3), "last_receipt": round(slowest["last"], 3),
+            "steady": round(max(each["last"] - each["first"] for each in told), 3), "busy": sampled[0]["busy"],
+            "resident": [used for each in sampled for used in each["resident"]],
+            "device": [used for each in sampled for used in each["device"]],
+            "digest": "".join(digests) if len(digests) == 1 else "differ"}  # fmt: skip
 
 
 def show(rows: list[dict[str, Any]], source_bytes: int) -> None:
     """A table; speed is against the smallest count of the same rounding."""
-    print("\n| rounding | count | s | of it work | source GB/s | speed | speed of work | busy | largest RSS MB | "
-          "GPU MB per process | equal bytes |")  # fmt: skip
-    print("|---|---|---|---|---|---|---|---|---|---|---|")
+    print("\n| rounding | count | s | of it work | of it steady | source GB/s | speed | speed of work | steady speed | "
+          "busy | largest RSS MB | GPU MB per process | equal bytes |")  # fmt: skip
+    print("|---|---|---|---|---|---|---|---|---|---|---|---|---|")
     first: dict[str, dict[str, Any]] = {}
     for row in rows:
         base = first.setdefault(row["rounding"], row)
         speed = base["seconds"] / row["seconds"]
         cells = [
-            row["rounding"], row["count"], f"{row['seconds']:.2f}", f"{row['work']:.2f}",
+            row["rounding"], row["count"], f"{row['seconds']:.2f}", f"{row['work']:.2f}", f"{row['steady']:.2f}",
             f"{source_bytes / row['work'] / 1e9:.2f}", f"{speed:.2f}", f"{base['work'] / row['work']:.2f}",
+            f"{base['steady'] / max(row['steady'], 1e-9):.2f}",
             " ".join(f"{share:.0%}" for share in row["busy"]) or "-",
             " ".join(f"{used / 1e6:.0f}" for used in row["resident"][: row["count"] + 1]),
             " ".join(f"{used / 1e6:.0f}" for used in row["device"]) or "-", row["equal"],
@@ -240,6 +276,8 @@ def main() -> None:
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--gpus", default="1,2,4", help="how many GPUs, in this order")
     parser.add_argument("--workers", default="1,2", help="how many worker processes, with --device cpu")
+    parser.add_argument("--apart", action="store_true", help="separate conversions, one for each GPU")
+    parser.add_argument("--scheduler", help="of conversions on GPUs; default: threads for one, else distributed")
     parser.add_argument("--tasks", type=int, help="tasks at a time of each GPU")
     parser.add_argument("--shard-size", help="write a folder of files of this size: a file takes one writer at a time")
     parser.add_argument("--memory", help="memory budget of each run")
@@ -275,13 +313,16 @@ def main() -> None:
                     print(f"left out for want of time: {rounding} on {count}")
                     continue
                 output = folder / ("out.safetensors" if arguments.shard_size is None else "out")
-                row = convert(source, output, rounding, count, arguments)
-                row["digest"] = digest(output)
-                row["equal"] = seen.setdefault(rounding, row["digest"]) == row["digest"]
+                part = source
+                if arguments.apart and count > 1:
+                    part = folder / f"{count}.safetensors"
+                    make_source(part, arguments.gb / count, arguments.width, arguments.device)
+                row = convert(part, output, rounding, count, arguments)
+                same = f"{rounding} of {part.name}"
+                row["equal"] = row["digest"] != "differ" and seen.setdefault(same, row["digest"]) == row["digest"]
                 rows.append(row)
                 ends = f"receipts from {row['first_receipt']:.2f} to {row['last_receipt']:.2f} of {row['work']:.2f} s"
                 print(f"{rounding} on {count}: {row['seconds']:.2f} s, {ends}, equal bytes: {row['equal']}", flush=True)
-                output.unlink() if output.is_file() else shutil.rmtree(output)
         show(rows, size)
         ideal = size / read / 1e9 + size * 9 / 32 / write / 1e9
         print(f"\nstorage alone, reading then writing: {ideal:.2f} s; overlapped: "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -126,8 +126,7 @@ def make_budget(layers: Sequence[LayerPlan], run: Run, run_id: str) -> Budget:
     limit = run.memory if run.memory is not None else base + free_memory() // 2
     on_cuda, gpus = run.device.startswith("cuda"), gpu_workers(run)
     kinds = _one_of_each(layers)
-    cuda_tasks = CUDA_SOLVING_TASKS if any(map(sees_whole, kinds)) else CUDA_TASKS
-    most = run.workers or (cuda_tasks if on_cuda else cores())
+    most = run.workers or (cuda_tasks(kinds) if on_cuda else cores())
     chunk = CPU_CHUNK_BYTES * (min(most, CROWD) if run.scheduler == "threads" else 1)
     environment = Environment(run_id, "cuda" if gpus else run.device, CUDA_CHUNK_BYTES if on_cuda else chunk)
     # A worker process of a local cluster holds what this one holds; that of a GPU has several tasks at a time.
@@ -157,6 +156,11 @@ def make_budget(layers: Sequence[LayerPlan], run: Run, run_id: str) -> Budget:
             )
         workers = min(workers, free // max(1, need))
     return Budget(limit, base, need, workers, environment, gpus)
+
+
+def cuda_tasks(layers: Iterable[LayerPlan]) -> int:
+    """Tasks at a time of one GPU, where memory allows them."""
+    return CUDA_SOLVING_TASKS if any(map(sees_whole, layers)) else CUDA_TASKS
 
 
 def _one_of_each(layers: Sequence[LayerPlan]) -> list[LayerPlan]:

@@ -15,8 +15,8 @@ from typing import Any
 
 from ..formats.errors import UsageError, did_you_mean, shown
 from ..stages.work import LayerPlan
-from .budget import Budget
-from .costs import CPU, DEVICES, TASK_SECONDS, Device, work_seconds
+from .budget import Budget, cuda_tasks
+from .costs import CPU, DEVICES, LAYER_SECONDS, TASK_SECONDS, Device, work_seconds
 from .graph import batches
 from .recipe import Run
 from .sizes import count, parse_size, show_seconds, show_size
@@ -127,12 +127,13 @@ class Load:
     read: int
     """Bytes."""
     written: int
+    layers: int = 1
 
 
 def simulate(layers: Sequence[LayerPlan], budget: Budget, cluster: Cluster) -> Simulation:
     """The plan's layers on every number of workers of the cluster."""
     loads = [load for batch in batches(layers) for load in _loads(batch, cluster.device)]
-    memory = budget.base + budget.task_bytes * cluster.device.tasks
+    memory = budget.base + budget.task_bytes * (cuda_tasks(layers) if cluster.device.overlaps else 1)
     outcomes = tuple(replace(outcome(loads, cluster, workers), memory=memory) for workers in cluster.workers)
     return Simulation(cluster, len(loads), sum(load.compute for load in loads), outcomes)
 
@@ -140,7 +141,7 @@ def simulate(layers: Sequence[LayerPlan], budget: Budget, cluster: Cluster) -> S
 def outcome(loads: Sequence[Load], cluster: Cluster, workers: int) -> Outcome:
     """Time and what bounds it; memory is not looked at."""
     lengths = [_length(load, cluster) for load in loads]
-    read, written = sum(load.read for load in loads), sum(load.written for load in loads)
+    read, written, on = sum(load.read for load in loads), sum(load.written for load in loads), cluster.scheduler
     compute = sum(load.compute for load in loads)
     longest, spread = max(lengths, default=0.0), makespan(lengths, workers)
     alone = workers > 1 and longest > 0.9 * spread
@@ -149,7 +150,7 @@ def outcome(loads: Sequence[Load], cluster: Cluster, workers: int) -> Outcome:
         works: spread,
         "storage read": read / cluster.read,
         "storage write": written / cluster.write,
-        "scheduler": len(loads) * TASK_SECONDS[cluster.scheduler],
+        "scheduler": sum(TASK_SECONDS[on] + load.layers * LAYER_SECONDS[on] for load in loads),
     }
     start = cluster.device.start
     seconds = max(bounds.values())
@@ -172,7 +173,7 @@ def makespan(lengths: Sequence[float], workers: int) -> float:
 def _length(load: Load, cluster: Cluster) -> float:
     """Seconds of a task whose worker has the storage to itself."""
     moving = load.read / cluster.read + load.written / cluster.write
-    return load.compute + moving if cluster.device.tasks == 1 else max(load.compute, moving)
+    return max(load.compute, moving) if cluster.device.overlaps else load.compute + moving
 
 
 def _loads(batch: Sequence[LayerPlan], device: Device) -> list[Load]:
@@ -181,7 +182,7 @@ def _loads(batch: Sequence[LayerPlan], device: Device) -> list[Load]:
     read, written = sum(plan.layer.nbytes for plan in batch), sum(plan.nbytes_out for plan in batch)
     parts = batch[0].parts
     if not parts:
-        return [Load(compute, read, written)]
+        return [Load(compute, read, written, len(batch))]
     shares = [(stop - start) / batch[0].rows for start, stop in parts]
     return [Load(compute * share, round(read * share), round(written * share)) for share in shares]
 
