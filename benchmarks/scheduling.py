@@ -37,6 +37,8 @@ def no_work(plans: Sequence[LayerPlan], environment: Environment) -> list[Receip
 
 def idle_graph(layers: Sequence[LayerPlan], environment: Environment) -> tuple[Graph, LayersOf]:
     """The graph of a run whose layers are all chains (no row ranges, no shared solutions), with ``no_work`` in it."""
+    from scheduling import no_work  # by its module: what belongs to a script itself is pickled with all its code
+
     with mock.patch.object(quantloom.flow.graph, "run_chains", no_work):
         return submission([batch for batch in batches(layers) if not batch[0].parts], environment)
 

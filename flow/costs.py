@@ -59,7 +59,7 @@ CUDA_STORAGE_SECONDS_PER_GB = 0.5
 
 TASK_SECONDS = {"sync": 60e-6, "threads": 100e-6, "distributed": 2.2e-3}
 """What Dask takes for a task, by scheduler: nothing else is scheduled in that time ..."""
-LAYER_SECONDS = {"sync": 0.0, "threads": 0.0, "distributed": 65e-6}
+LAYER_SECONDS = {"sync": 0.0, "threads": 0.0, "distributed": 20e-6}
 """... and what it takes to pack, send and unpack the plan of each of its layers."""
 
 
