@@ -20,7 +20,9 @@ from ..formats.shards import is_single_file, is_store
 from ..formats.store_files import FileLayout, lay_out_files
 from ..formats.store_table import Table
 from ..formats.urls import hide, is_url
-from .assemble_targets import BucketTarget, FolderTarget, Out, Target, named_before
+from .assemble_bucket import BucketTarget
+from .assemble_folder import FolderTarget
+from .assemble_targets import Out, Target, named_before
 from .sizes import count, show_seconds, show_size
 
 WORKERS = 8
@@ -67,6 +69,7 @@ def assemble(store: str, output: str, *, overwrite: bool = False, workers: int =
     if source.table.checksums is None:
         raise CheckpointError(_lacking(source))
     target, single = _target(output)
+    target.recover()
     files = lay_out_files(source, single)
     contents = [*source.sidecars()] if single is None else []
     if files.index is not None:

@@ -109,6 +109,7 @@ CASES = {
         Case("peft adapter, shards", (*options_of("fp8"), *_LORA, "--lora-dialect", "peft", *_SHARDS), True),
         Case("verified", (*options_of("mxfp8"), "--verify", *_SHARDS), True),
         Case("store", (*options_of("nvfp4"), *_SHARDS), True, store=True),
+        Case("replaced store", (*options_of("nvfp4"), *_SHARDS, "--overwrite"), True, True, store=True),
         Case("verified store", (*options_of("fp8"), "--verify", *_SHARDS), True, store=True),
     ]
 }
@@ -214,7 +215,7 @@ def _convert(arguments: list[str], case: Case, moment: Moment, words: str) -> No
         try:
             if case.store:
                 _store(arguments, Path(words))
-            cli.main(_assembling(arguments) if case.store else arguments)
+            cli.main(_assembling(arguments, case.replaces) if case.store else arguments)
         finally:
             file.write(f"\ncalls {disk.calls}\n")
 
@@ -231,9 +232,9 @@ def _store(arguments: list[str], words: Path) -> None:
             raise
 
 
-def _assembling(arguments: list[str]) -> list[str]:
+def _assembling(arguments: list[str], replaces: bool) -> list[str]:
     store = Path(arguments[2])
-    return ["assemble", str(store), f"{store.with_name('out')}/"]
+    return ["assemble", str(store), f"{store.with_name('out')}/", *(["--overwrite"] if replaces else [])]
 
 
 # -- in the process that kills -----------------------------------------------------------------------------------------
@@ -273,7 +274,9 @@ class Bench:
         self._source = write_folder(source) if case.sharded else write_file(source / "tiny.safetensors")
         self._before = folder / "before"
         self._before.mkdir()
-        if case.replaces:
+        if case.replaces and case.store:  # files are replaced by files of their names
+            self._run(self._source, self._before, (*self.case.options, "--rounding", "nearest"))
+        elif case.replaces:
             old = folder / "old"
             small = {name: x for name, x in make_tensors(1).items() if "blocks.0" in name}
             write_folder(old, small, shards=4) if case.sharded else write_file(old / "a.safetensors", small)
@@ -286,6 +289,7 @@ class Bench:
         self.calls = ended.calls
         assert ended.status == 0, ended.words
         self.whole = listing(whole)
+        assert self.whole != listing(self._before)
 
     def place(self, name: str) -> Path:
         """A folder to write to, with what lies there before."""

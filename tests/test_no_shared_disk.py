@@ -144,7 +144,7 @@ def test_a_worker_that_is_killed_costs_nothing(
 
 
 def test_from_a_bucket_to_a_bucket(tmp_path: Path, bucket: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from quantloom.flow import assemble_targets
+    from quantloom.flow import assemble_bucket
 
     here = write_folder(tmp_path / "here", big_tensors())
     put(bucket, here, "shared/big")
@@ -154,7 +154,7 @@ def test_from_a_bucket_to_a_bucket(tmp_path: Path, bucket: Any, monkeypatch: pyt
     wanted = {path.name: path.read_bytes() for path in (tmp_path / "direct").iterdir()}
 
     # Chunks that break after parts of other shards were sent: no object may appear, nor an upload stay open.
-    monkeypatch.setattr(assemble_targets, "_PART_BYTES", 5 << 20)
+    monkeypatch.setattr(assemble_bucket, "_PART_BYTES", 5 << 20)
     store = OutputStore(quantized_objects())
     tensor = max(store.shard(3).tensors, key=lambda tensor: tensor.ref.nbytes)
     good = bucket.cat_file(f"shared/out.zarr/{tensor.array}/c/0")
@@ -179,7 +179,7 @@ def quantized_objects() -> Any:
 
 def test_a_large_file_is_a_multipart_upload(tmp_path: Path, bucket: Any) -> None:
     """A file of several parts, which is aborted when something breaks before its end."""
-    from quantloom.flow.assemble_targets import BucketTarget
+    from quantloom.flow.assemble_bucket import BucketTarget
 
     content = bytes(range(256)) * (3 << 14)
     target = BucketTarget("s3://shared/large")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -18,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantloom import Flow, Pipeline
-from quantloom.flow import graph, parts, zarr_sink
+from quantloom.flow import commit, graph, parts, zarr_sink
 from quantloom.flow.assemble import assemble
 from quantloom.flow.commit import check_unchanged
 from quantloom.flow.execute import Silent
@@ -573,6 +574,79 @@ def test_an_assembly_goes_on_with_files_that_have_no_name(stored: Path, tmp_path
     second.symlink_to("nowhere")
     with pytest.raises(PlanError, match=rf"{second.name}: exists already; pass --overwrite"):
         assemble(str(stored), str(made))
+
+
+def replaced_halfway(stored: Path, made: Path, sharded: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """An older model in ``made`` of which an assembly that was killed had replaced one file; what it was to become."""
+    Pipeline().read(sharded).quantize("mxfp8").write(made, shard_size=100_000)
+    again = stored.with_name("again.zarr")
+    Pipeline().read(sharded).quantize("mxfp8", rounding="learned").write(again, shard_size=100_000)
+    assemble(str(again), str(made.with_name("whole")))
+    renamed: list[str] = []
+
+    def die(src: Any, dst: Any) -> None:
+        if Path(src).name.endswith(".part") and Path(dst).suffix == ".safetensors":
+            renamed.append(Path(dst).name)
+            if len(renamed) == 2:
+                shutil.copytree(made, made.with_name("killed"))
+        replace_file(src, dst)
+
+    replace_file = commit.replace
+    with monkeypatch.context() as patch:
+        patch.setattr(commit, "replace", die)
+        assemble(str(again), str(made), overwrite=True)
+    shutil.rmtree(made)
+    made.with_name("killed").rename(made)
+    assert {path.suffix for path in made.iterdir()} >= {".part", ".previous", ".replacing", ".safetensors"}
+    return listing(made.with_name("whole"))
+
+
+def test_an_assembly_that_was_replacing_files_is_finished(
+    stored: Path, tmp_path: Path, sharded: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All data was there: the new files get their names, whatever the next assembly is asked to do."""
+    made = tmp_path / "made"
+    whole = replaced_halfway(stored, made, sharded, monkeypatch)
+    with pytest.raises(PlanError, match="exists already"):
+        assemble(str(stored.with_name("again.zarr")), str(made))
+    assert {name: value for name, value in listing(made).items() if not name.endswith(".lock")} == whole
+
+
+@pytest.mark.parametrize("harm", ["gone", "changed"])
+def test_an_assembly_that_lost_a_part_is_undone(
+    harm: str, stored: Path, tmp_path: Path, sharded: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Old and new files are never left beside each other."""
+    made = tmp_path / "made"
+    whole = replaced_halfway(stored, made, sharded, monkeypatch)
+    part = sorted(made.glob("*.part"))[0]
+    if harm == "gone":
+        part.unlink()
+    else:
+        part.write_bytes(bytes(part.stat().st_size))
+    with pytest.raises(PlanError, match="exists already"):
+        assemble(str(stored.with_name("again.zarr")), str(made))
+    old = tmp_path / "old"
+    Pipeline().read(sharded).quantize("mxfp8").write(old, shard_size=100_000)
+    left = {name: value for name, value in listing(made).items() if not name.endswith((".lock", ".part"))}
+    assert left == listing(old)
+    assemble(str(stored.with_name("again.zarr")), str(made), overwrite=True)
+    assert listing(made) == whole
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[[1, 2, 3]]", '[["../x", 1, ""]]', '[["a", 1e999, ""]]', "[" * 10_000])
+def test_markers_that_are_none_are_refused(text: str, stored: Path, tmp_path: Path) -> None:
+    made = tmp_path / "made"
+    made.mkdir()
+    (tmp_path / "x.part").write_text("mine")
+    (made / ".quantloom.replacing").write_text(text)
+    if text == "{}":  # nothing was being replaced
+        assemble(str(stored), str(made))
+        return
+    with pytest.raises(SinkError, match=r"\.quantloom\.replacing: should say which files .* and remove it"):
+        assemble(str(stored), str(made))
+    assert (tmp_path / "x.part").read_text() == "mine"
+    assert [path.name for path in made.iterdir() if path.suffix != ".lock"] == [".quantloom.replacing"]
 
 
 def test_commands(cli: Callable[..., Ran], tmp_path: Path, sharded: Path) -> None:
