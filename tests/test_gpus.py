@@ -17,14 +17,14 @@ import torch
 from checkpoints import write_file
 
 from quantloom import Pipeline
-from quantloom.flow import local_cluster
+from quantloom.flow import chains, graph, local_cluster, recovery, session
 from quantloom.flow.budget import CUDA_TASKS, Budget, make_budget
 from quantloom.flow.devices import check_devices, gpu_workers, visible_devices
 from quantloom.flow.execute import run_plan
 from quantloom.flow.local_cluster import local_client, tasks_that_fit
 from quantloom.flow.recipe import Run
 from quantloom.formats import scratch
-from quantloom.formats.errors import PlanError, UsageError
+from quantloom.formats.errors import PlanError, SinkError, UsageError
 from quantloom.stages.work import Environment
 
 MB = 1 << 20
@@ -324,3 +324,51 @@ def test_page_locked_copies_bring_the_same_bytes() -> None:
 
         moved = scratch.upload("rows", content.numel(), device, fill)
         assert torch.equal(scratch.download(f"out {number % 2}", moved), content)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("stays", [False, True])
+def test_a_gpu_whose_memory_another_program_takes(stays: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the run works; it is given back before layers are tried again, or not before the run has stopped."""
+    tensors = {f"b.{number}.weight": torch.randn(4096, 2048 + 64 * number).bfloat16() for number in range(8)}
+    source = write_file(tmp_path / "in" / "s.safetensors", tensors)
+
+    def convert(name: str, **how: Any) -> Any:
+        flow = Pipeline(device="cuda:0", scheduler="sync", **how).read(source)
+        return flow.quantize("nvfp4", rounding="learned").write(tmp_path / name)
+
+    monkeypatch.setattr(graph, "BATCH_BYTES", 1)
+    monkeypatch.setattr(session, "INTERVAL", 0.0)
+    convert("wanted.safetensors")
+    taken: list[torch.Tensor] = []
+    began: list[str] = []
+    start = chains.start
+
+    def take(plan: Any, *rest: Any) -> Any:
+        began.append(plan.layer.name)
+        if len(began) == 5:
+            torch.cuda.empty_cache()
+            free, _ = torch.cuda.mem_get_info()
+            taken.append(torch.empty(free - (32 << 20), dtype=torch.uint8, device="cuda"))
+        return start(plan, *rest)
+
+    def pause(_: float) -> None:
+        if not stays:
+            taken.clear()
+            torch.cuda.empty_cache()
+
+    monkeypatch.setattr(chains, "start", take)
+    monkeypatch.setattr(recovery, "time", types.SimpleNamespace(sleep=pause))
+    if stays:
+        with pytest.raises(SinkError, match=r"out of memory.*lower --memory or --workers") as caught:
+            convert("out.safetensors")
+        assert "run the same command again to continue" in caught.value.__notes__[-1]
+        assert not (tmp_path / "out.safetensors").exists()
+        taken.clear()
+        torch.cuda.empty_cache()
+        assert convert("out.safetensors", resume="require").nbytes_resumed
+    else:
+        convert("out.safetensors")
+        assert len(began) > 8, "nothing was tried again"
+    assert (tmp_path / "out.safetensors").read_bytes() == (tmp_path / "wanted.safetensors").read_bytes()
