@@ -3,8 +3,9 @@
     python benchmarks/fuzz_atheris.py header -max_total_time=60
     python benchmarks/fuzz_atheris.py recipe corpus/ -max_total_time=600
 
-Targets: header, manifest, index, recipe, rules, journal (of a run), edit (journal of an edit in place). Options after
-the target are libFuzzer's. Anything raised that is no QuantloomError is a crash, and its input is kept.
+Targets: header, manifest, index, recipe, rules, journal (of a run), edit (journal of an edit in place), store
+(table of a Zarr store), replacing (what an assembly says of files that it replaces). Options after the target are
+libFuzzer's. Anything raised that is no QuantloomError is a crash, and its input is kept.
 """
 
 from __future__ import annotations
@@ -18,13 +19,16 @@ from pathlib import Path
 import atheris
 
 with atheris.instrument_imports(include=["quantloom"]):
+    from quantloom.flow.assemble_folder import FolderTarget
     from quantloom.flow.recipe import Recipe
     from quantloom.flow.run_journal import FileLog, read_record
     from quantloom.formats import journal, manifest
     from quantloom.formats.checksums import checksum
     from quantloom.formats.errors import QuantloomError
+    from quantloom.formats.objects import FolderObjects
     from quantloom.formats.safetensors import read_header
     from quantloom.formats.source import open_source
+    from quantloom.formats.store_table import read_table
     from quantloom.stages.rule_files import load_rules
 
 FOLDER = Path(tempfile.mkdtemp(prefix="fuzz-"))
@@ -67,9 +71,23 @@ def _edit(content: bytes) -> None:
     journal.read_journal(_written("a.quantloom-edit", content))
 
 
+def _store(content: bytes) -> None:
+    _written("zarr.json", content)
+    read_table(FolderObjects(str(FOLDER)))
+
+
+def _replacing(content: bytes) -> None:
+    made = FOLDER / "made"
+    made.mkdir(exist_ok=True)
+    for name in ("a.part", "b.previous"):
+        (made / name).write_bytes(b"x")
+    (made / ".quantloom.replacing").write_bytes(content)
+    FolderTarget(made, alone=True).recover()
+
+
 TARGETS: dict[str, Callable[[bytes], None]] = {
     "header": _header, "manifest": _manifest, "index": _index, "recipe": _recipe, "rules": _rules,
-    "journal": _journal, "edit": _edit,
+    "journal": _journal, "edit": _edit, "store": _store, "replacing": _replacing,
 }  # fmt: skip
 
 
@@ -85,6 +103,11 @@ _MANIFEST = (
     b'{"algorithm":"xxh3_64","header":"0123456789abcdef","source":"s","plan":"p","tensors":{"a":"0123456789abcdef",'
     b'"b":[[4,"0123456789abcdef"]]}}'
 )
+_TABLE = (
+    b'{"attributes":{"quantloom_output":{"version":1,"plan":"p","program":"0.1","split":false,"shards":[{"name":'
+    b'"a.safetensors","size":9,"head":8,"chunks":2}],"sidecars":[{"name":"c.json","nbytes":2}],"checksums":[2]}},'
+    b'"zarr_format":3,"node_type":"group"}'
+)
 SEEDS = {
     "header": b'{"__metadata__":{"format":"pt"},"a":{"dtype":"F32","shape":[1,0],"data_offsets":[0,0]}}',
     "manifest": _MANIFEST,
@@ -93,6 +116,8 @@ SEEDS = {
     "rules": b'{"blocks.*": {"format": "fp8", "scaling": "row"}, "x": {"skip": true}}',
     "journal": _DONE,
     "edit": _EDIT,
+    "store": _TABLE,
+    "replacing": b'[["a",1,"0123456789abcdef"],["b",1,"0123456789abcdef"]]',
 }
 
 
