@@ -133,7 +133,7 @@ class FolderTarget:
             sync_file(part(path))
         if not overwrite and (found := [path for path in paths if os.path.lexists(path)]):
             raise SinkError(f"{found[0]}: appeared meanwhile; nothing was written; write somewhere else")
-        if not any(map(os.path.lexists, paths)):
+        if len(paths) == 1 or not any(map(os.path.lexists, paths)):  # no old file waits under another name
             exchange(paths, [])
             sync_dir(self.folder)
             return
@@ -161,7 +161,7 @@ class FolderTarget:
 
 
 def _plain(name: object) -> str:
-    if not isinstance(name, str) or Path(name).name != name:
+    if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
         raise ValueError(f"{shown(name)} is no name of a file there")
     return name
 

@@ -15,6 +15,8 @@ LOOK_SECONDS = 5.0
 """Between two looks at the workers."""
 GRACE_SECONDS = 60.0
 """A machine without workers may come back for so long: a nanny starts one again within seconds."""
+_ALL = ""
+"""Stands for every machine, where none is left."""
 
 
 @contextlib.contextmanager
@@ -45,19 +47,21 @@ def _watch(client: Any, futures_of: Mapping[str, Sequence[Any]], lost: dict[Any,
         now = time.monotonic()
         seen |= dict.fromkeys(there or futures_of, now)
         left = {host: [future for future in futures if not future.done()] for host, futures in futures_of.items()}
-        absent = {host for host, futures in left.items() if futures and host not in there} if there else {""}
+        absent = {host for host, futures in left.items() if futures and host not in there} if there else {_ALL}
         for host in sorted(absent - missed):
-            if host:
-                _log.warning("machine %s has no worker: waiting %.0f s for one, then others get its files", host,
-                             GRACE_SECONDS)  # fmt: skip
-            else:
-                _log.warning("the cluster has no worker: waiting for one; Ctrl-C stops, and keeps what is finished")
+            _log.warning("%s", _words(host))
         missed = absent
-        for host in absent - {""}:
+        for host in absent - {_ALL}:
             if now - seen[host] > GRACE_SECONDS:
                 lost |= {future.key: host for future in left[host]}
                 with contextlib.suppress(Exception):
                     client.cancel(left[host])
+
+
+def _words(host: str) -> str:
+    if host == _ALL:
+        return "the cluster has no worker: waiting for one; Ctrl-C stops, and keeps what is finished"
+    return f"machine {host} has no worker: waiting {GRACE_SECONDS:.0f} s for one, then others get its files"
 
 
 def _machines(client: Any) -> set[str] | None:

@@ -6,13 +6,16 @@ import contextlib
 import os
 import random
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
+from quantloom import Flow
+from quantloom.flow import execute, graph, session
 from quantloom.formats.errors import QuantloomError
 
 EXAMPLES = int(os.environ.get("QUANTLOOM_FUZZ", "40"))
@@ -97,3 +100,25 @@ def bounded() -> Iterator[None]:
         assert tracemalloc.get_traced_memory()[1] < MOST_MEMORY
     finally:
         tracemalloc.stop()
+
+
+class Stopped(Exception):
+    """Ends the run that leaves a journal."""
+
+
+def stop_after(flow: Flow, count: int) -> None:
+    """Runs a conversion whose layers are tasks, and ends it once so many of them are in the journal."""
+    finished: list[object] = []
+
+    def advance(receipts: Sequence[object]) -> None:
+        finished.extend(receipts)
+        if len(finished) == count:
+            raise Stopped
+
+    watcher = execute.Silent()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(session, "INTERVAL", 0.0)
+        patch.setattr(graph, "BATCH_BYTES", 1)
+        patch.setattr(watcher, "advance", advance)
+        with pytest.raises(Stopped):
+            flow.compute(progress=watcher)

@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 from checkpoints import listing, write_file, write_folder
-from hostile import RANDOM, VALUES, bounded, changed, damaged, fuzz
+from hostile import RANDOM, VALUES, bounded, changed, damaged, fuzz, stop_after
 from hypothesis import given
 from hypothesis import strategies as st
 
 from quantloom import Pipeline
-from quantloom.flow import execute, graph, session, sink
+from quantloom.flow import sink
 from quantloom.flow.receipt_json import read_receipt
 from quantloom.flow.recipe import Recipe
 from quantloom.flow.run_journal import FileLog, lines_of, read_record
@@ -163,31 +163,14 @@ def test_journals_of_edits(sandbox: Path, chance: random.Random, hostile: Any, a
 # -- journals of runs --------------------------------------------------------------------------------------------------
 
 
-class Stopped(Exception):
-    """Ends the run that leaves a journal."""
-
-
 @pytest.fixture(scope="module")
 def half(sandbox: Path) -> tuple[Path, bytes, dict[str, str]]:
     """A folder in which a run was killed halfway; its journal; what a whole run makes."""
     convert(sandbox, sandbox / "whole")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(session, "INTERVAL", 0.0)
-        patch.setattr(graph, "BATCH_BYTES", 1)
-        finished: list[object] = []
-
-        def advance(receipts: Any) -> None:
-            finished.extend(receipts)
-            if len(finished) == 6:
-                raise Stopped
-
-        watcher = execute.Silent()
-        patch.setattr(watcher, "advance", advance)
-        flow = Pipeline(scheduler="sync").read(sandbox / "in").quantize("fp8", scaling="row")
-        plan = flow.write(sandbox / "half" / "out.safetensors", compute=False).plan
-        with pytest.raises(Stopped):
-            execute.run_plan(plan, progress=watcher)
-    log = sink.log_of(plan)
+    flow = Pipeline(scheduler="sync").read(sandbox / "in").quantize("fp8", scaling="row")
+    begun = flow.write(sandbox / "half" / "out.safetensors", compute=False)
+    stop_after(begun, 6)
+    log = sink.log_of(begun.plan)
     assert len(read_record(log).receipts) == 6  # type: ignore[union-attr]
     return sandbox / "half", log.path.read_bytes(), listing(sandbox / "whole")
 

@@ -634,18 +634,21 @@ def test_an_assembly_that_lost_a_part_is_undone(
     assert listing(made) == whole
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[[1, 2, 3]]", '[["../x", 1, ""]]', '[["a", 1e999, ""]]', "[" * 10_000])
+@pytest.mark.parametrize("text", ["", "{}", "[[1, 2, 3]]", '[["../x", 1, ""]]', '[["a", 1e999, ""]]', "[" * 10_000,
+                                  '[["", 1, ""]]', '[["..", 1, ""]]', '[["/x", 1, ""]]', '[["a/../../x", 1, ""]]'])
 def test_markers_that_are_none_are_refused(text: str, stored: Path, tmp_path: Path) -> None:
     made = tmp_path / "made"
     made.mkdir()
-    (tmp_path / "x.part").write_text("mine")
+    others = [tmp_path / name for name in ("x.part", "x.previous", "made.part", "made.previous")]
+    for path in others:
+        path.write_text("mine")
     (made / ".quantloom.replacing").write_text(text)
     if text == "{}":  # nothing was being replaced
         assemble(str(stored), str(made))
         return
     with pytest.raises(SinkError, match=r"\.quantloom\.replacing: should say which files .* and remove it"):
         assemble(str(stored), str(made))
-    assert (tmp_path / "x.part").read_text() == "mine"
+    assert [path.read_text() for path in others] == ["mine"] * 4
     assert [path.name for path in made.iterdir() if path.suffix != ".lock"] == [".quantloom.replacing"]
 
 
