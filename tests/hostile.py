@@ -25,7 +25,6 @@ MOST_MEMORY = 64 << 20
 _SHARED = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
 fuzz = settings(
     max_examples=EXAMPLES, deadline=timedelta(seconds=30), suppress_health_check=_SHARED, database=None,
-    derandomize="QUANTLOOM_FUZZ" not in os.environ,
 )  # fmt: skip
 
 # -- hostile values ----------------------------------------------------------------------------------------------------
