@@ -17,7 +17,7 @@ from typing import Any
 from .. import __version__
 from ..formats.adapters import adapter_config, adapter_file, adapter_path
 from ..formats.errors import PlanError
-from ..formats.heads import Metadata, layout
+from ..formats.heads import Metadata, layout, metadata_text
 from ..formats.places import same_file
 from ..formats.shards import SUFFIX, Shard, is_single_file, lay_out
 from ..formats.source import Source
@@ -148,7 +148,7 @@ def lay_out_adapter(
     about = {"version": __version__, "base": base, "dialect": lora.dialect, "method": ", ".join(methods)}
     specs = [plan.adapter.specs for plan in layers if plan.adapter is not None]
     own = entries([spec for group in specs for spec in group])
-    shard = lay_out(specs, file, None, Metadata({**metadata_of(about, ranks, {}), **own}))[0]
+    shard = lay_out(specs, file, None, Metadata(metadata_text({**metadata_of(about, ranks, {}), **own})))[0]
     slots = {slot.name: slot for slot in shard.slots}
     made = AdapterFile(path, lora.dialect, shard, config, about, ranks, own)
     return [_placed(plan, slots) for plan in layers], made

@@ -11,7 +11,7 @@ from typing import Any
 from .. import __version__
 from ..formats.comfy import HEADER_KEY, header_entry
 from ..formats.errors import PlanError
-from ..formats.heads import Metadata, nothing
+from ..formats.heads import Metadata, metadata_text, nothing
 from ..formats.manifest import KEY
 from ..formats.places import same_file
 from ..formats.shards import Shard, lay_out, stem_of
@@ -31,14 +31,10 @@ def lay_out_model(
     """The layers with the places of their outputs, and the files; PlanError for a file that the source has."""
     output, source = recipe.output, context.source
     assert output is not None
-    metadata = _metadata(recipe, source, layers, digest) if context.metadata is None else context.metadata
-    common = {key: value for key, value in metadata.items() if key != KEY}
     layers = [split_large(layer) for layer in layers]
-    own = checksum_entries(layers, source.layout, digest)
+    metadata = _metadata(recipe, context, layers, digest)
     groups, stem = [layer.outputs for layer in layers], stem_of(source.files)
-    shards = lay_out(
-        groups, output.path, output.shard_bytes, Metadata(common, own if KEY in metadata else nothing), stem
-    )
+    shards = lay_out(groups, output.path, output.shard_bytes, metadata, stem)
     _refuse_same_file(source, output, shards)
     slots = chain.from_iterable(shard.slots for shard in shards)  # in the order of the outputs
     return [_placed(layer, slots) for layer in layers], shards
@@ -66,7 +62,16 @@ def _refuse_same_file(source: Source, output: Output, shards: Sequence[Shard]) -
                 raise PlanError(f"{target}: input and output are the same file; write somewhere else")
 
 
-def _metadata(recipe: Recipe, source: Source, layers: Sequence[LayerPlan], digest: str) -> dict[str, str]:
+def _metadata(recipe: Recipe, context: Context, layers: Sequence[LayerPlan], digest: str) -> Metadata:
+    """``__metadata__`` of the files, with room for checksums unless a stage decided otherwise."""
+    source, entries = context.source, context.metadata
+    if entries is None:
+        entries = _made_entries(recipe, source, layers, digest)
+    common = metadata_text({key: value for key, value in entries.items() if key != KEY})
+    return Metadata(common, checksum_entries(layers, source.layout, digest) if KEY in entries else nothing)
+
+
+def _made_entries(recipe: Recipe, source: Source, layers: Sequence[LayerPlan], digest: str) -> dict[str, str]:
     """``__metadata__`` of the output: the original entries, the dialect's where layers are quantized, and what made
     the file. What only changes the stored form of a quantized source is noted behind what made that."""
     metadata = {key: value for key, value in source.metadata.items() if key not in (HEADER_KEY, ENTRY)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from io import BytesIO
 from json.encoder import encode_basestring
 from typing import TYPE_CHECKING
@@ -14,7 +14,7 @@ from .safetensors import MAX_HEADER_BYTES, METADATA
 from .tensors import DTYPE_BITS, TensorSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
 DATA_ALIGNMENT = 64
 """The data of a written file starts at a multiple of this many bytes."""
@@ -33,19 +33,16 @@ def nothing(_specs: Sequence[TensorSpec]) -> dict[str, str]:
 class Metadata:
     """``__metadata__`` of the files of a model: entries that all have, and those of each, from the tensors in it."""
 
-    common: Mapping[str, str]
+    common: bytes
+    """As ``metadata_text`` has them: of 100,000 quantized layers they are megabytes, and held once."""
     own: Callable[[Sequence[TensorSpec]], Mapping[str, str]] = nothing
-
-    @cached_property
-    def _text(self) -> bytes:
-        return metadata_text(self.common)
 
     def of(self, specs: Sequence[TensorSpec]) -> Texts:
         """Of the file with these tensors. What all have is one piece, which is not copied."""
         own = metadata_text(self.own(specs))
-        if not own or not self._text:
-            return tuple(text for text in (self._text, own) if text)
-        return memoryview(self._text)[:-1], b",", memoryview(own)[1:]
+        if not own or not self.common:
+            return tuple(text for text in (self.common, own) if text)
+        return memoryview(self.common)[:-1], b",", memoryview(own)[1:]
 
 
 def layout(specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> tuple[bytes, list[int], int]:
@@ -55,8 +52,10 @@ def layout(specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> tuple[by
     as the data starts aligned, every tensor is then aligned to its element size without a hole, which the format
     forbids. Raises PlanError for what no reader would accept.
     """
-    placed = place(specs, Metadata(metadata).of(specs))
-    return placed.head, [placed.length + position for position in placed.starts], placed.length + placed.size
+    texts = Metadata(metadata_text(metadata)).of(specs)
+    placed = place(specs, texts)
+    starts = [placed.length + position for position in placed.starts]
+    return head_of(specs, texts), starts, placed.length + placed.size
 
 
 def metadata_text(metadata: Mapping[str, str]) -> bytes:
@@ -74,43 +73,54 @@ class Placed:
     """Of each, in the given order, counted from the beginning of the data."""
     size: int
     """Bytes of the data."""
-    pieces: Texts
-    """The header, length included, in pieces: those of several files share their metadata."""
-
-    @property
-    def length(self) -> int:
-        """Bytes of the header."""
-        return sum(map(len, self.pieces))
-
-    @property
-    def head(self) -> bytes:
-        return b"".join(self.pieces)
+    length: int
+    """Bytes of the header."""
 
 
 def place(specs: Sequence[TensorSpec], metadata: Texts) -> Placed:
-    """What ``layout`` says, for metadata that is JSON already."""
-    sizes = [_nbytes(spec) for spec in specs]
-    starts, position = [0] * len(specs), 0
+    """What ``layout`` says but for the header itself, for metadata that is JSON already."""
+    starts, size, tensors = [0] * len(specs), 0, 0
+    for index, start, end, entry in _entries(specs):
+        starts[index], size = start, end
+        tensors += len(entry)
+    return Placed(starts, size, _frame(metadata, tensors)[0])
+
+
+def head_of(specs: Sequence[TensorSpec], metadata: Texts) -> bytes:
+    """The header, length included."""
+    tensors = BytesIO()
+    for *_, entry in _entries(specs):
+        tensors.write(entry)
+    length, front, back = _frame(metadata, tensors.tell())
+    return b"".join([(length - 8).to_bytes(8, "little"), *front, tensors.getbuffer(), back])
+
+
+def _frame(metadata: Texts, tensors: int) -> tuple[int, Texts, bytes]:
+    """Bytes of a header whose entries of tensors have so many, and what stands before and behind these."""
+    front: Texts = (b"{",)
+    if metadata:
+        front = (b'{"' + METADATA.encode() + b'":', *metadata, b"," if tensors else b"")
+    length = sum(map(len, front)) + tensors + 1
+    back = b"}" + b" " * (-(8 + length) % DATA_ALIGNMENT)
+    length += len(back) - 1
+    if length > MAX_HEADER_BYTES:
+        raise PlanError(f"header of {length} bytes; readers accept {MAX_HEADER_BYTES}: write more shards")
+    return 8 + length, front, back
+
+
+def _entries(specs: Sequence[TensorSpec]) -> Iterator[tuple[int, int, int, bytes]]:
+    """Of each tensor, in the order of their bytes: its index, where it begins and ends, and its entry."""
     seen = {METADATA}
-    entries, separator = BytesIO(), ""
-    for index in sorted(range(len(specs)), key=lambda index: -DTYPE_BITS[specs[index].dtype]):
+    start, separator = 0, ""
+    for index in sorted(range(len(specs)), key=lambda index: -DTYPE_BITS.get(specs[index].dtype, 0)):
         spec = specs[index]
         if spec.name in seen:
             raise PlanError(f"tensor {shown(spec.name)} would be written twice in one file, or has a reserved name")
         seen.add(spec.name)
-        starts[index] = position
-        end = position + sizes[index]
+        end = start + _nbytes(spec)
         described = _described(spec.dtype, spec.shape)
-        entries.write(_encoded(f"{separator}{encode_basestring(spec.name)}:{described}[{position},{end}]}}"))
-        position, separator = end, ","
-    tensors = entries.getvalue()
-    front = (b'{"' + METADATA.encode() + b'":', *metadata, b"," if tensors else b"") if metadata else (b"{",)
-    length = sum(map(len, front)) + len(tensors) + 1
-    padding = b" " * (-(8 + length) % DATA_ALIGNMENT)
-    length += len(padding)
-    if length > MAX_HEADER_BYTES:
-        raise PlanError(f"header of {length} bytes; readers accept {MAX_HEADER_BYTES}: write more shards")
-    return Placed(starts, position, (length.to_bytes(8, "little"), *front, tensors, b"}" + padding))
+        yield index, start, end, _encoded(f"{separator}{encode_basestring(spec.name)}:{described}[{start},{end}]}}")
+        start, separator = end, ","
 
 
 @lru_cache(maxsize=4096)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .heads import Metadata, Texts, place
+from .heads import Metadata, Texts, head_of, place
 from .places import Place
 from .tensors import Slot, TensorSpec
 from .urls import is_url
@@ -43,7 +43,7 @@ class Shard:
     def head(self) -> bytes:
         """Length and JSON header, padded: made when asked for, as the heads of many shards are longer than the rest of
         a plan."""
-        return place(self.slots, self.texts).head
+        return head_of(self.slots, self.texts)
 
 
 def is_single_file(output: str) -> bool:

@@ -89,4 +89,4 @@ def _named(shard: StoredShard, name: str) -> Shard:
     """A shard under its final name."""
     refs = [tensor.ref for tensor in shard.planned]
     slots = tuple(Slot(ref.name, ref.dtype, ref.shape, name, ref.start) for ref in refs)
-    return Shard(name, shard.size, slots, Metadata({}))
+    return Shard(name, shard.size, slots, Metadata(b""))

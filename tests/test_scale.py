@@ -124,7 +124,7 @@ def test_planning_grows_with_the_layers_and_no_faster(tmp_path: Path, kind: str)
 def test_heads_are_made_when_they_are_written(tmp_path: Path) -> None:
     """Every shard's header repeats what all layers are: of 100 shards they would be a gigabyte."""
     shard = small_giant(tmp_path / "model", 1500).shards[0]
-    assert shard.head == shard.head == place(shard.slots, shard.texts).head
+    assert place(shard.slots, shard.texts).length == len(shard.head)
     assert len(shard.head) % 64 == 0
     assert min(slot.start for slot in shard.slots) == len(shard.head)
     pipeline = Pipeline().read(tmp_path / "model").quantize("nvfp4")
