@@ -7,9 +7,9 @@
 The checkpoint (layers like Flux's: 3072 x 3072 to 12288 x 3072, BF16) is made once in ``--folder`` and stays there
 with --keep. Each conversion is a process of its own that sees so many GPUs by CUDA_VISIBLE_DEVICES. Work begins when
 the worker processes are there (one GPU needs none) and ends with the commit; steady is what lies between the first
-receipt and the last. The storage rate is that of the same
-folder: as many bytes as the output has are written and synced, and the source is read, by as many threads as
-``--threads``. A run that would begin after ``--seconds`` is left out.
+receipt and the last. The storage rate is that of the same folder: as many bytes as the output has are written and
+synced, and the source is read, by as many threads as ``--threads``. A run that would begin after ``--seconds`` is left
+out.
 
 With ``--apart`` so many conversions of one GPU each run at once, each of its share of the bytes: what they lose against
 one alone is the host's doing, not that of a run on several. ``--scheduler distributed`` gives one GPU a worker process,
@@ -235,12 +235,13 @@ def convert(source: Path, output: Path, rounding: str, count: int, arguments: ar
     for sampler in samplers:
         sampler.start()
     told = [told_by(process) for process in running]
+    seconds = round(time.perf_counter() - began, 3)
     sampled = [sampler.result() for sampler in samplers]
     slowest = {key: max(each[key] for each in told) for key in told[0]}
     digests = {digest(each) for each in outputs}
     for each in outputs:
         each.unlink() if each.is_file() else shutil.rmtree(each)
-    return {"rounding": rounding, "count": count, "process_seconds": round(time.perf_counter() - began, 3),
+    return {"rounding": rounding, "count": count, "process_seconds": seconds,
             "seconds": slowest["seconds"], "work": round(slowest["work"], 3),
             "first_receipt": round(slowest["first"], 3), "last_receipt": round(slowest["last"], 3),
             "steady": round(max(each["last"] - each["first"] for each in told), 3), "busy": sampled[0]["busy"],
