@@ -14,7 +14,7 @@ from .safetensors import MAX_HEADER_BYTES, METADATA
 from .tensors import DTYPE_BITS, TensorSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
 DATA_ALIGNMENT = 64
 """The data of a written file starts at a multiple of this many bytes."""
@@ -52,10 +52,8 @@ def layout(specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> tuple[by
     as the data starts aligned, every tensor is then aligned to its element size without a hole, which the format
     forbids. Raises PlanError for what no reader would accept.
     """
-    texts = Metadata(metadata_text(metadata)).of(specs)
-    placed = place(specs, texts)
-    starts = [placed.length + position for position in placed.starts]
-    return head_of(specs, texts), starts, placed.length + placed.size
+    head, placed = _written(specs, Metadata(metadata_text(metadata)).of(specs))
+    return head, [placed.length + position for position in placed.starts], placed.length + placed.size
 
 
 def metadata_text(metadata: Mapping[str, str]) -> bytes:
@@ -77,22 +75,33 @@ class Placed:
     """Bytes of the header."""
 
 
-def place(specs: Sequence[TensorSpec], metadata: Texts) -> Placed:
-    """What ``layout`` says but for the header itself, for metadata that is JSON already."""
-    starts, size, tensors = [0] * len(specs), 0, 0
-    for index, start, end, entry in _entries(specs):
-        starts[index], size = start, end
-        tensors += len(entry)
-    return Placed(starts, size, _frame(metadata, tensors)[0])
+def place(specs: Sequence[TensorSpec], metadata: Texts, keep: Callable[[bytes], int] = len) -> Placed:
+    """What ``layout`` says but for the header itself, for metadata that is JSON already. ``keep`` is given the entry of
+    each tensor, and says how long it is."""
+    starts, position, tensors = [0] * len(specs), 0, 0
+    seen, separator = {METADATA}, ""
+    for index in sorted(range(len(specs)), key=lambda index: -DTYPE_BITS.get(specs[index].dtype, 0)):
+        spec = specs[index]
+        if spec.name in seen:
+            raise PlanError(f"tensor {shown(spec.name)} would be written twice in one file, or has a reserved name")
+        seen.add(spec.name)
+        starts[index], end = position, position + _nbytes(spec)
+        described = _described(spec.dtype, spec.shape)
+        tensors += keep(_encoded(f"{separator}{encode_basestring(spec.name)}:{described}[{position},{end}]}}"))
+        position, separator = end, ","
+    return Placed(starts, position, _frame(metadata, tensors)[0])
 
 
 def head_of(specs: Sequence[TensorSpec], metadata: Texts) -> bytes:
     """The header, length included."""
+    return _written(specs, metadata)[0]
+
+
+def _written(specs: Sequence[TensorSpec], metadata: Texts) -> tuple[bytes, Placed]:
     tensors = BytesIO()
-    for *_, entry in _entries(specs):
-        tensors.write(entry)
+    placed = place(specs, metadata, tensors.write)
     length, front, back = _frame(metadata, tensors.tell())
-    return b"".join([(length - 8).to_bytes(8, "little"), *front, tensors.getbuffer(), back])
+    return b"".join([(length - 8).to_bytes(8, "little"), *front, tensors.getbuffer(), back]), placed
 
 
 def _frame(metadata: Texts, tensors: int) -> tuple[int, Texts, bytes]:
@@ -106,21 +115,6 @@ def _frame(metadata: Texts, tensors: int) -> tuple[int, Texts, bytes]:
     if length > MAX_HEADER_BYTES:
         raise PlanError(f"header of {length} bytes; readers accept {MAX_HEADER_BYTES}: write more shards")
     return 8 + length, front, back
-
-
-def _entries(specs: Sequence[TensorSpec]) -> Iterator[tuple[int, int, int, bytes]]:
-    """Of each tensor, in the order of their bytes: its index, where it begins and ends, and its entry."""
-    seen = {METADATA}
-    start, separator = 0, ""
-    for index in sorted(range(len(specs)), key=lambda index: -DTYPE_BITS.get(specs[index].dtype, 0)):
-        spec = specs[index]
-        if spec.name in seen:
-            raise PlanError(f"tensor {shown(spec.name)} would be written twice in one file, or has a reserved name")
-        seen.add(spec.name)
-        end = start + _nbytes(spec)
-        described = _described(spec.dtype, spec.shape)
-        yield index, start, end, _encoded(f"{separator}{encode_basestring(spec.name)}:{described}[{start},{end}]}}")
-        start, separator = end, ","
 
 
 @lru_cache(maxsize=4096)
