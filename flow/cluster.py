@@ -6,6 +6,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import logging
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..formats.errors import SinkError, UsageError, WorkerError
@@ -49,14 +50,7 @@ def run_distributed(
             waiting = distributed.as_completed(futures, loop=client.loop, with_results=True, raise_errors=False)
             with watched(client, _by_host(futures, key_of, hosts)) as lost:
                 for future, found in waiting:
-                    if future.key in lost and future.cancelled():
-                        yield key_of[future.key], Failure(_host_lost(lost[future.key]))
-                    elif future.status == "error":
-                        yield key_of[future.key], Failure(_explained(distributed, future.exception()))
-                    elif isinstance(found, BaseException):
-                        raise found
-                    else:
-                        yield key_of[future.key], unpack(found)
+                    yield key_of[future.key], _outcome(distributed, future, found, lost)
         except BaseException as error:
             if isinstance(error, _cancellations(distributed)):  # nobody is there who could be asked to stop
                 why = next(iter(str(error).splitlines()), type(error).__name__)
@@ -65,6 +59,17 @@ def run_distributed(
                 client.run(cancel, budget.environment.run_id)
                 client.cancel(futures, force=True)
             raise
+
+
+def _outcome(distributed: Any, future: Any, found: Any, lost: Mapping[Any, str]) -> Any:
+    """What a task returned, or why it did not; raises what ended the whole run. ``lost``: machines, by key."""
+    if future.key in lost and future.cancelled():
+        return Failure(_host_lost(lost[future.key]))
+    if future.status == "error":
+        return Failure(_explained(distributed, future.exception()))
+    if isinstance(found, BaseException):
+        raise found
+    return unpack(found)
 
 
 def _explained(distributed: Any, error: Exception) -> Exception:
