@@ -10,8 +10,11 @@ from itertools import takewhile
 from pathlib import Path
 
 from ..formats.checksums import checksum
-from ..formats.errors import PlanError, SinkError, shown
+from ..formats.errors import CheckpointError, PlanError, SinkError, shown
 from ..formats.fileio import Writer, create_sparse, free_bytes, replace, sync_dir, sync_file
+from ..formats.objects import FolderObjects
+from ..formats.places import is_file_name
+from ..formats.safetensors import parse_json
 from ..formats.shards import SUFFIX
 from .assemble_targets import Out
 from .commit import HalfwayError, exchange, hold, part, previous
@@ -64,9 +67,10 @@ class FolderTarget:
         """Files that were changing their names, with the size and beginning of the new ones; SinkError for what is no
         marker, or names files elsewhere."""
         try:
-            found = json.loads(self._marker.read_bytes()[:_MARKER_BYTES])
-            return {self.folder / _plain(name): (int(size), str(digits)) for name, size, digits in found}
-        except (OSError, ValueError, TypeError, OverflowError, RecursionError) as error:
+            content = FolderObjects(str(self.folder)).read(_MARKER, _MARKER_BYTES)
+            found = parse_json(bytes(content or b""), _MARKER)
+            return {self.folder / _named(name): (int(size), str(digits)) for name, size, digits in found}
+        except (CheckpointError, ValueError, TypeError, OverflowError) as error:
             raise SinkError(
                 f"{self._marker}: should say which files an earlier assembly was replacing, and cannot be read "
                 f"({error}); look for *.part and *.previous there, and remove it"
@@ -160,10 +164,10 @@ class FolderTarget:
         sync_dir(self.folder)
 
 
-def _plain(name: object) -> str:
-    if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
+def _named(name: object) -> str:
+    if not is_file_name(name):
         raise ValueError(f"{shown(name)} is no name of a file there")
-    return name
+    return str(name)
 
 
 def _beginning(path: Path) -> tuple[int, str]:

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 from ..formats.objects import objects_at
-from ..formats.places import Place
+from ..formats.places import Place, is_file_name
 from ..formats.shards import SUFFIX, index_path, is_single_file, is_store, stem_of
 from .commit import PREVIOUS_SUFFIX
 from .plan import Plan
@@ -102,7 +102,7 @@ def _shards_of(index: Path) -> set[str]:
         names = json.loads(index.read_text())["weight_map"].values()
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
         return set()
-    return {name for name in names if isinstance(name, str) and Path(name).name == name and name.endswith(SUFFIX)}
+    return {name for name in names if is_file_name(name) and name.endswith(SUFFIX)}
 
 
 def sidecars_of(plan: Plan) -> list[tuple[Place, Path]]:

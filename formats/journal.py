@@ -19,7 +19,7 @@ from typing import Any
 
 from .errors import CheckpointError, SinkError
 from .fileio import Reader, Writer, create_sparse, replace, sync_dir, sync_file
-from .places import Place
+from .places import Place, is_file_name
 
 ENDING = ".quantloom-edit"
 """A journal's name ends in this."""
@@ -225,7 +225,7 @@ def _from_dict(values: dict[str, Any]) -> Change:
         for item in values["patches"]
     )
     name, old_size, new_size = str(values["name"]), int(values["old_size"]), int(values["new_size"])
-    if not name or "\0" in name or Path(name).name != name:
+    if not is_file_name(name):
         raise ValueError(f"{name!r} is no file name")
     ends = [old_size, *(patch.start + len(patch.new) for patch in patches)]
     grown = sum(len(patch.new) for patch in patches)

@@ -19,6 +19,11 @@ from .ranges import Facts, store_of
 _MAX_BYTES = 100_000_000
 
 
+def is_file_name(name: object) -> bool:
+    """Whether what a file says names another one beside it: no folder, and no way elsewhere."""
+    return isinstance(name, str) and "\0" not in name and name not in ("", ".", "..") and Path(name).name == name
+
+
 @dataclass(frozen=True)
 class RemoteStatus:
     """As much of ``os.stat_result`` as files and objects have in common."""

@@ -634,6 +634,15 @@ def test_an_assembly_that_lost_a_part_is_undone(
     assert listing(made) == whole
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="makes a pipe")
+def test_a_pipe_in_the_place_of_a_marker_is_not_waited_for(stored: Path, tmp_path: Path) -> None:
+    made = tmp_path / "made"
+    made.mkdir()
+    os.mkfifo(made / ".quantloom.replacing")
+    with pytest.raises(SinkError, match=r"cannot be read .*not a regular file"):
+        assemble(str(stored), str(made))
+
+
 @pytest.mark.parametrize("text", ["", "{}", "[[1, 2, 3]]", '[["../x", 1, ""]]', '[["a", 1e999, ""]]', "[" * 10_000,
                                   '[["", 1, ""]]', '[["..", 1, ""]]', '[["/x", 1, ""]]', '[["a/../../x", 1, ""]]'])
 def test_markers_that_are_none_are_refused(text: str, stored: Path, tmp_path: Path) -> None:
