@@ -83,8 +83,9 @@ def table_of(plan: str, program: str, split: bool, shards: Sequence[Shard], chun
 def describe_store(
     objects: Objects, files: bytes, shards: Sequence[Shard], chunks: Mapping[str, int], present: Collection[str] | None
 ) -> None:
-    """Everything but the tensors' bytes, and but the table, whose presence says that all of this is there. What has its
-    key among those ``present`` is not written again; without these keys, all is."""
+    """Everything but the tensors' bytes, and but the table, whose presence says that all of this is there. Of the
+    documents, those whose keys are ``present`` are not written again; without these keys, all are. ``files`` always is:
+    it is small, and whoever assembles needs all of it."""
 
     def documents() -> Iterator[tuple[str, bytes]]:
         for number, shard in enumerate(shards, 1):
